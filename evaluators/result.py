@@ -1,0 +1,117 @@
+"""What an evaluation says, and the one function that runs any of them in this process.
+
+A result names the weights that it is of and how much it scored, so that no number can be quoted
+without them. The actor pool gives the same type.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.packed import Progress, score_packed
+from evaluators.sliding import score_sliding
+from evaluators.ttt import score_documents, total_of
+from golf_ray.adaptation.engine import AdapterInit, Document, DocumentScore
+from golf_ray.config import Config
+from golf_ray.data.tokenizer import ByteTables
+from golf_ray.metric import Score
+from golf_ray.model.model import GolfModel
+
+Method = Literal["packed", "sliding", "ttt"]
+Weights = Literal["full", "int6"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationResult:
+    """The outcome of one evaluation."""
+
+    method: Method
+    weights: Weights
+    """`full` for a checkpoint's own weights, `int6` for those of a quantised artifact."""
+    score: Score
+    seconds: float
+    """Wall time of the evaluation, without loading of weights and data."""
+    documents: tuple[DocumentScore, ...] | None = None
+    """Scores in document order, for `ttt`."""
+
+    def to_dict(self, *, per_document: bool = False) -> dict[str, Any]:
+        """Plain data for JSON.
+
+        Args:
+            per_document: add `documents`, each with its sums.
+        """
+        data: dict[str, Any] = {
+            "method": self.method,
+            "val_loss_nats": self.score.loss_nats,
+            "val_bpb": self.score.bpb,
+            "tokens_scored": self.score.tokens,
+            "bytes_scored": self.score.num_bytes,
+            "weights": self.weights,
+            "seconds": self.seconds,
+        }
+        if self.documents is not None:
+            data["documents_scored"] = len(self.documents)
+            if per_document:
+                data["documents"] = [
+                    {"index": d.index, "nats": d.nats, "tokens": d.tokens, "bytes": d.num_bytes}
+                    for d in self.documents
+                ]
+        return data
+
+
+def evaluate(
+    model: GolfModel,
+    config: Config,
+    method: Method,
+    *,
+    tokens: NDArray[np.integer],
+    tables: ByteTables,
+    weights: Weights,
+    documents: Sequence[Document] | None = None,
+    adapter_init: AdapterInit | None = None,
+    keep_token_nats: bool = False,
+    progress: Progress | None = None,
+) -> EvaluationResult:
+    """Evaluate a model on a validation stream in this process.
+
+    The number of CPU threads is the caller's to set, from `config.evaluation.threads`: on a CPU it
+    is part of the last bits.
+
+    Args:
+        tokens: the whole validation stream.
+        tables: bytes of each token.
+        weights: what the model's weights are.
+        documents: for `ttt`, those to score in place of all (or of the configured part).
+        adapter_init: for `ttt`, A by input width in place of the random ones.
+        keep_token_nats: for `ttt`, keep every loss.
+        progress: told of every batch (packed, sliding) or document (ttt).
+
+    Raises:
+        DataError: there is nothing to score.
+    """
+    began_s = time.perf_counter()
+    scores: tuple[DocumentScore, ...] | None = None
+    if method == "ttt":
+        scores = score_documents(
+            model, tokens, tables, config.adaptation, documents=documents,
+            adapter_init=adapter_init, keep_token_nats=keep_token_nats, progress=progress,
+        )  # fmt: skip
+        score = total_of(scores)
+    elif method == "packed":
+        score = score_packed(model, tokens, tables, config.evaluation, progress=progress)
+    else:
+        assert method == "sliding", method
+        score = score_sliding(model, tokens, tables, config.evaluation, progress=progress)
+    return EvaluationResult(
+        method=method,
+        weights=weights,
+        score=score,
+        seconds=time.perf_counter() - began_s,
+        documents=scores,
+    )

@@ -1,0 +1,89 @@
+"""Test-time training evaluation in this process: documents, plan, engine, total.
+
+The actor pool runs the same groups through the same engine elsewhere; both add up in document
+order, so they give the same number.
+
+Invariant: scores come back in document order, one for every document asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.packed import Progress
+from golf_ray.adaptation.engine import AdapterInit, Document, DocumentScore, adapt_documents
+from golf_ray.config import AdaptationConfig
+from golf_ray.data.documents import document_bounds, sample_documents
+from golf_ray.data.tokenizer import ByteTables
+from golf_ray.errors import DataError
+from golf_ray.metric import Score, total
+from golf_ray.model.model import GolfModel
+
+
+def choose_documents(
+    tokens: NDArray[np.integer], adaptation: AdaptationConfig
+) -> tuple[Document, ...]:
+    """The documents to score: all, or the part `document_fraction`, stratified by length.
+
+    Raises:
+        DataError: there is no document.
+    """
+    bounds = document_bounds(tokens)
+    lengths = bounds[:, 1] - bounds[:, 0]
+    chosen = sample_documents(
+        len(bounds), adaptation.document_fraction, adaptation.seed, lengths
+    )
+    return tuple(
+        Document(index=int(i), start=int(bounds[i, 0]), end=int(bounds[i, 1])) for i in chosen
+    )
+
+
+def score_documents(
+    model: GolfModel,
+    tokens: NDArray[np.integer],
+    tables: ByteTables,
+    adaptation: AdaptationConfig,
+    *,
+    documents: Sequence[Document] | None = None,
+    adapter_init: AdapterInit | None = None,
+    keep_token_nats: bool = False,
+    progress: Progress | None = None,
+) -> tuple[DocumentScore, ...]:
+    """Adapt to and score documents, one by one and each from scratch.
+
+    Args:
+        documents: which; those of `choose_documents` where not given. Their order has no effect.
+        adapter_init: A by input width in place of the random ones.
+        keep_token_nats: keep every loss in the scores.
+
+    Returns:
+        Scores in document order.
+
+    Raises:
+        DataError: there is nothing to score.
+    """
+    documents = choose_documents(tokens, adaptation) if documents is None else documents
+    if not any(document.num_predictions for document in documents):
+        raise DataError(
+            f"{len(documents)} documents hold no prediction, so there is nothing to score",
+            "use validation text in which a document has two tokens or more",
+        )
+    scores: list[DocumentScore] = []
+    running = Score.zero()
+    for score in adapt_documents(
+        model, tokens, documents, adaptation, tables=tables, adapter_init=adapter_init,
+        keep_token_nats=keep_token_nats,
+    ):  # fmt: skip
+        scores.append(score)
+        running += score.score
+        if progress is not None:
+            progress(len(scores), len(documents), running)
+    return tuple(sorted(scores, key=lambda score: score.index))
+
+
+def total_of(scores: Sequence[DocumentScore]) -> Score:
+    """The total in document order, whatever the order given."""
+    return total(s.score for s in sorted(scores, key=lambda score: score.index))

@@ -1,0 +1,1 @@
+"""Doc-independent LoRA test-time training: adapters, their randomness, optimizer, plan, engine."""

@@ -1,0 +1,1 @@
+"""Optimizers, schedules, clipping, the moving average, and their communication."""

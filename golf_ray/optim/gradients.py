@@ -1,0 +1,159 @@
+"""From micro-batches to the gradient of a step: accumulation, clipping, reduction over ranks.
+
+Three clip scopes: `micro_batch` clips each micro-batch's gradient before they are averaged, so the
+result does not depend on how many workers share them; `rank` clips each rank's mean before the
+reduction (the public program's form); `global` clips after the reduction.
+
+Invariant: with `micro_batch` and `global`, any number of ranks gives the same gradient up to the
+order of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from golf_ray.optim.world import Wait, World
+
+SMALL_NUMEL = 32_768
+"""Replicated gradients of at most this many elements travel in one flat all-reduce."""
+
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm over all elements of all tensors, float32 scalar."""
+    return torch.nn.utils.get_total_norm(list(tensors), foreach=True).float()
+
+
+def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
+    """What a gradient of this norm is multiplied with: min(1, clip / (norm + 1e-6))."""
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepGradient:
+    """The averaged gradient of one step."""
+
+    banks: dict[str, Tensor]
+    """This rank's share of each bank."""
+    replicated: dict[str, Tensor]
+    """Whole gradients of everything else that is trained."""
+    loss: Tensor
+    """Mean loss over all micro-batches, float32 scalar on the device."""
+    norm: Tensor
+    """Norm before clipping, float32 scalar on the device: of the micro-batches (their mean), of
+    the ranks (their mean), or of the reduced gradient, as the clip scope has it."""
+
+
+class GradientAccumulator:
+    """Collects the micro-batches of a step.
+
+    Args:
+        banks: parameters that are reduced to shares.
+        replicated: all other trained parameters.
+        world: the ranks.
+        clip_norm: 0 for none.
+        clip_scope: what is clipped.
+        num_local: micro-batches of this rank a step.
+    """
+
+    def __init__(
+        self,
+        banks: Mapping[str, Tensor],
+        replicated: Mapping[str, Tensor],
+        world: World,
+        *,
+        clip_norm: float,
+        clip_scope: Literal["micro_batch", "rank", "global"],
+        num_local: int,
+    ) -> None:
+        self._banks = dict(banks)
+        self._replicated = dict(replicated)
+        self._trained = {**self._banks, **self._replicated}
+        self._world = world
+        self._clip_norm = clip_norm
+        self._scope = clip_scope
+        self._num_local = num_local
+        self._sums: list[Tensor] | None = None
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's mean loss."""
+        loss.backward()
+        self._losses.append(loss.detach().float())
+        if self._scope != "micro_batch":
+            return
+        grads = self._take_grads()
+        norm = total_norm(grads)
+        self._norms.append(norm)
+        scale = (
+            norm.new_ones(()) if not self._clip_norm else clip_coefficient(norm, self._clip_norm)
+        )
+        torch._foreach_mul_(grads, scale)
+        if self._sums is None:
+            self._sums = grads
+        else:
+            torch._foreach_add_(self._sums, grads)
+
+    @torch.no_grad()
+    def finish(self) -> StepGradient:
+        """Average over micro-batches and ranks, clip, and start anew."""
+        assert len(self._losses) == self._num_local, "a step needs all of its micro-batches"
+        grads = self._sums if self._scope == "micro_batch" else self._take_grads()
+        assert grads is not None
+        torch._foreach_div_(grads, float(self._num_local))
+        if self._scope == "rank":
+            self._norms = [total_norm(grads)]
+            if self._clip_norm:
+                torch._foreach_mul_(grads, clip_coefficient(self._norms[0], self._clip_norm))
+        step = self._reduce(dict(zip(self._trained, grads, strict=True)))
+        self._sums, self._losses, self._norms = None, [], []
+        return self._clip_global(step) if self._scope == "global" else step
+
+    def _take_grads(self) -> list[Tensor]:
+        grads = []
+        for name, parameter in self._trained.items():
+            # A tensor that no pass used (an extra layer's gate while looping is off) has none.
+            grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            parameter.grad = None
+            assert grad.shape == parameter.shape, name
+            grads.append(grad)
+        return grads
+
+    def _reduce(self, grads: dict[str, Tensor]) -> StepGradient:
+        losses = torch.stack(self._losses).mean()
+        norm = torch.stack(self._norms).mean() if self._norms else losses.new_zeros(())
+        waits: dict[str, Wait] = {n: self._world.mean_share(grads[n]) for n in self._banks}
+        small = [n for n in self._replicated if grads[n].numel() <= SMALL_NUMEL]
+        large = [n for n in self._replicated if grads[n].numel() > SMALL_NUMEL]
+        waits |= {n: self._world.mean(grads[n]) for n in large}
+        # Loss and norm ride along with the small gradients: no reduction of their own.
+        pieces = [losses.reshape(1), norm.reshape(1)] + [grads[n].float().flatten() for n in small]
+        flat = self._world.mean(torch.cat(pieces))()
+        sizes = [p.numel() for p in pieces]
+        losses, norm, *reduced = flat.split(sizes)
+        replicated = {
+            n: part.view_as(grads[n]).to(grads[n].dtype)
+            for n, part in zip(small, reduced, strict=True)
+        }
+        replicated |= {n: waits[n]() for n in large}
+        return StepGradient(
+            banks={n: waits[n]() for n in self._banks},
+            replicated=replicated,
+            loss=losses[0],
+            norm=norm[0],
+        )
+
+    def _clip_global(self, step: StepGradient) -> StepGradient:
+        shares = [g.float().square().sum() for g in step.banks.values() if g.numel()]
+        squared = torch.stack(shares).sum() if shares else step.loss.new_zeros(())
+        squared = self._world.sum_(squared)
+        norm = (squared + total_norm(step.replicated.values()).square()).sqrt()
+        if self._clip_norm:
+            grads = [g for g in (*step.banks.values(), *step.replicated.values()) if g.numel()]
+            torch._foreach_mul_(grads, clip_coefficient(norm, self._clip_norm))
+        return StepGradient(banks=step.banks, replicated=step.replicated, loss=step.loss, norm=norm)

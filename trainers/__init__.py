@@ -1,0 +1,1 @@
+"""Training: a loop that knows no Ray, and Ray Train around it."""
