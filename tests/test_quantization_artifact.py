@@ -98,7 +98,7 @@ def test_quantised_tiny_checkpoint_is_the_public_artifact() -> None:
     assert total == 253_952 and same / total >= 0.999
     assert report.num_codes == total and report.raised_damping == {}
     size = len(encode_artifact(quantized))
-    assert size <= int(arrays("quantized_eval")["artifact_bytes"][0])
+    assert size <= int(arrays("quantized_eval")["artifact_bytes"])
 
 
 def test_same_inputs_same_bytes(hessians: dict[str, Tensor]) -> None:
@@ -225,6 +225,17 @@ def test_batches_of_factorisations_change_nothing(
     pieces = quantize_state(final_state(), hessians, TINY)
     same = [codes(whole)[n] == codes(pieces)[n] for n in codes(whole)]
     assert torch.cat([s.flatten() for s in same]).float().mean() >= 0.999
+
+
+def test_calibration_runs_in_the_arithmetic_of_the_training() -> None:
+    def artifact(precision: str, dtype: torch.dtype | None = None) -> QuantizedState:
+        config = TINY.with_overrides({"train.precision": precision})
+        return quantize_checkpoint(config, final_state(), CALIBRATION, compute_dtype=dtype)[0]
+
+    single, half = artifact("float32"), artifact("bfloat16")
+    assert changed(single, half)
+    assert not changed(half, artifact("float32", torch.bfloat16))
+    assert not changed(single, artifact("auto"))
 
 
 def test_given_hessians_skip_calibration(hessians: dict[str, Tensor]) -> None:

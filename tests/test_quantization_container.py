@@ -283,7 +283,10 @@ def test_code_in_a_pickle_does_not_run(tmp_path: Path, form: str) -> None:
     # The file would do harm where it is unpickled.
     unsafe = tmp_path / "unsafe"
     unsafe.write_bytes(inner)
-    torch.load(unsafe, weights_only=False)
+    if form == "pickle":
+        pickle.loads(inner)
+    else:
+        torch.load(unsafe, weights_only=False)
     assert flag.exists()
     flag.unlink()
     for data in (
@@ -381,11 +384,10 @@ def test_tensors_that_pose_as_large_are_refused() -> None:
     [
         torch.zeros(3, device="meta"),
         torch.eye(3).to_sparse(),
-        torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
         [1, 2],
         "text",
     ],
-    ids=["meta", "sparse", "quantized", "list", "text"],
+    ids=["meta", "sparse", "list", "text"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_anything_but_plain_tensors_is_refused(odd: Any) -> None:

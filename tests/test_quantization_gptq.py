@@ -141,13 +141,24 @@ def test_dead_columns_have_code_zero_and_do_not_disturb_the_rest() -> None:
     assert np.mean(codes_NRC[0].numpy() == expected) >= 0.999
 
 
+def test_dead_columns_count_as_one_in_the_mean_and_in_the_order() -> None:
+    diagonal_C = torch.tensor([0.25, 0.0, 4.0, 0.0])
+    factor = prepare_factor(torch.diag(diagonal_C), 0.1)
+    assert factor.order_C.tolist() == [2, 1, 3, 0]
+    damped_C = torch.tensor([4.0, 1.0, 1.0, 0.25]) + 0.1 * (4.0 + 1.0 + 1.0 + 0.25) / 4
+    torch.testing.assert_close(factor.upper_CC, torch.diag(damped_C.rsqrt()))
+
+
 def test_zero_rows_have_scale_and_codes_zero() -> None:
     w_NRC, h_NCC = problem(6, 8, 12)
     w_NRC[0, 3] = 0.0
+    w_NRC[0, 5] *= 1e-9  # its scale is below float16's smallest number
     scale_NR = row_scales(w_NRC, 12.85, 6)
     codes_NRC = gptq_codes(w_NRC, scale_NR, 6, prepare_factor(h_NCC, 0.01))
-    assert float(scale_NR[0, 3]) == 0.0 and not bool(codes_NRC[0, 3].any())
-    assert not bool(rounded_codes(w_NRC, scale_NR, 6)[0, 3].any())
+    nearest_NRC = rounded_codes(w_NRC, scale_NR, 6)
+    for row in (3, 5):
+        assert float(scale_NR[0, row]) == 0.0
+        assert not bool(codes_NRC[0, row].any()) and not bool(nearest_NRC[0, row].any())
     assert bool(codes_NRC[0, 4].any())
 
 

@@ -94,26 +94,41 @@ class LocalReporter(Reporter):
         Raises:
             StorageError: the folder cannot be written or has no space left.
         """
-        parent = make_folder(self.run_dir / CHECKPOINTS)
-        clear_unfinished(parent)
-        temporary = parent / f".{_STEP}{step:08d}.tmp"
-        target = parent / f"{_STEP}{step:08d}"
-        try:
-            temporary.mkdir()
-            write(temporary)
-            if target.exists():
-                target.rename(parent / f".{target.name}.old")
-            temporary.rename(target)
-            _force_to_disk(parent)
-        except OSError as error:
-            raise storage_error(target, error) from None
-        finally:
-            clear_unfinished(parent)
+        target = write_checkpoint(self.run_dir / CHECKPOINTS, step, write)
         if final:
             with atomic_path(self.run_dir / FINAL_FILE) as result:
                 shutil.copyfile(target / FINAL_FILE, result)
         for old in checkpoints(self.run_dir)[:-KEEP]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's folder; names sort as steps do."""
+    return f"{_STEP}{step:08d}"
+
+
+def write_checkpoint(parent: Path, step: int, write: WriteFolder) -> Path:
+    """Write a checkpoint folder whole or not at all.
+
+    Raises:
+        StorageError: the folder cannot be written or has no space left.
+    """
+    make_folder(parent)
+    clear_unfinished(parent)
+    target = parent / checkpoint_name(step)
+    temporary = parent / f".{target.name}.tmp"
+    try:
+        temporary.mkdir()
+        write(temporary)
+        if target.exists():
+            target.rename(parent / f".{target.name}.old")
+        temporary.rename(target)
+        _force_to_disk(parent)
+    except OSError as error:
+        raise storage_error(target, error) from None
+    finally:
+        clear_unfinished(parent)
+    return target
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

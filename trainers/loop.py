@@ -41,7 +41,8 @@ from trainers.state import (
     write_state,
 )
 
-Validate = Callable[[GolfModel, World], Score]
+Validate = Callable[[GolfModel, World, bool], Score]
+"""Packed evaluation of a model over the ranks, looped or not; every rank calls it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,7 +303,7 @@ class TrainingRun:
         tokens = (self.step - began_step) * train.batch_tokens
         val = None
         if self.validate is not None and (over or self._due(train.val_every_steps)):
-            val = self.validate(self.model, self.world)
+            val = self.validate(self.model, self.world, last.looping)
         self.reporter.interval(
             Interval(
                 step=self.step,

@@ -47,7 +47,6 @@ Sources = Sequence[Path | str] | Iterable[tuple[str, str]]
 
 DEFAULT_VAL_FRACTION: Final = 0.01
 _EMPTY_HASH: Final = document_hash("")
-_CHANGED: Final = DataError("the text changed while it was read", "build again")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +148,8 @@ def build_dataset(
         StorageError: the folder cannot be written or has no space left.
     """
     how = BuildOptions(**options)
+    if workers < 1:
+        raise UsageError(f"{workers} workers to tokenise", "give at least 1")
     given = None if tokenizer is None else _read_tokenizer(Path(tokenizer), how.vocab_size)
     report = progress or (lambda stage, done, total: None)
     out_dir = Path(out_dir)
@@ -278,7 +279,7 @@ def _threshold(hashes: NDArray[np.uint64], how: BuildOptions) -> int:
         wanted = max(1, round(len(distinct) * (how.val_fraction or DEFAULT_VAL_FRACTION)))
     if wanted >= len(distinct):
         raise DataError(
-            f"{wanted} of {len(distinct)} different documents for validation leave none to train on",
+            f"{wanted} of {len(distinct)} different documents for validation leave none to train",
             "use more documents (a text file is one) or fewer for validation",
         )
     return int(distinct[wanted])
@@ -292,7 +293,7 @@ def _train(text: _Text, survey: _Survey, how: BuildOptions, report: Progress) ->
 
     def pieces() -> Iterator[str]:
         done = 0
-        for hashed, document in zip(survey.hashes, text.texts(), strict=True):
+        for hashed, document in zip(survey.hashes, text.texts(), strict=False):
             for piece in sentences(document) if hashed >= survey.threshold else ():
                 content = piece.encode()
                 chance = hashlib.blake2b(content, digest_size=8, key=key).digest()
@@ -320,12 +321,14 @@ def _tokenize(
         for batch in batches:
             expected = survey.hashes[read : read + len(batch.hashes)]
             if not np.array_equal(batch.hashes, expected):
-                raise _CHANGED
+                raise _changed()
             read += len(expected)
-            is_val = expected < survey.threshold
-            is_train = ~is_val & (expected != _EMPTY_HASH)
-            is_val &= expected != _EMPTY_HASH
-            for split, mask in (("train", is_train), ("val", is_val)):
+            is_text, below = expected != _EMPTY_HASH, expected < survey.threshold
+            masks: dict[Split, NDArray[np.bool_]] = {
+                "train": is_text & ~below,
+                "val": is_text & below,
+            }
+            for split, mask in masks.items():
                 tokens = batch.tokens[np.repeat(mask, batch.lengths)]
                 spools[split].write(tokens.astype("<u2").tobytes())
                 splits[split]["documents"] += int(mask.sum())
@@ -334,8 +337,12 @@ def _tokenize(
             done_bytes += int(batch.text_bytes.sum())
             report("tokenize", min(done_bytes, survey.text_bytes), survey.text_bytes)
     if read != len(survey.hashes):
-        raise _CHANGED
+        raise _changed()
     return splits
+
+
+def _changed() -> DataError:
+    return DataError("the text changed while it was read", "build again when it is at rest")
 
 
 def _spool(stage: Staging, split: Split) -> Path:

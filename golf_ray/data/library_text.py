@@ -15,7 +15,7 @@ import hashlib
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +27,7 @@ MIN_DOCUMENT_CHARS: Final = 100
 _LEFT_OUT: Final = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 )
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def python_library_text(limit_bytes: int) -> Iterator[tuple[str, str]]:
@@ -75,27 +75,25 @@ def _documents(path: Path) -> Iterator[tuple[str, str]]:
     # Not splitlines(), which also breaks where Python counts no new line (form feeds).
     lines = source.split("\n")
     taken: set[int] = set()
-    for node in (tree, *tree.body):
-        if isinstance(node, _DOCUMENTED):
-            name = "module" if isinstance(node, ast.Module) else node.name
-            inside = (node,) if isinstance(node, ast.Module) else ast.walk(node)
-            prose = "\n\n".join(_docstrings(inside, taken))
-            if len(prose) >= MIN_DOCUMENT_CHARS:
-                yield f"{name}:documentation", prose
-    for node in tree.body:
-        if isinstance(node, _DOCUMENTED) and node.end_lineno is not None:
-            span = range(node.lineno, node.end_lineno + 1)
-            code = "\n".join(lines[i - 1] for i in span if i not in taken)
-            if len(code) >= MIN_DOCUMENT_CHARS:
-                yield f"{node.name}:code", code
+    prose = [("module", _docstrings([tree], taken))]
+    definitions = [node for node in tree.body if isinstance(node, _DEFINITIONS)]
+    prose += [(node.name, _docstrings(ast.walk(node), taken)) for node in definitions]
+    for name, text in prose:
+        if len(text) >= MIN_DOCUMENT_CHARS:
+            yield f"{name}:documentation", text
+    for node in definitions:
+        span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        code = "\n".join(lines[i - 1] for i in span if i not in taken)
+        if len(code) >= MIN_DOCUMENT_CHARS:
+            yield f"{node.name}:code", code
 
 
-def _docstrings(nodes: Iterator[ast.AST] | tuple[ast.AST, ...], taken: set[int]) -> Iterator[str]:
+def _docstrings(nodes: Iterable[ast.AST], taken: set[int]) -> str:
     """The documentation strings of some nodes; the lines they stand on are added to `taken`."""
+    found = []
     for node in nodes:
-        if isinstance(node, _DOCUMENTED):
-            text = ast.get_docstring(node)
-            first = node.body[0] if node.body else None
-            if text and first is not None and first.end_lineno is not None:
-                taken.update(range(first.lineno, first.end_lineno + 1))
-                yield text
+        if isinstance(node, (ast.Module, *_DEFINITIONS)) and (text := ast.get_docstring(node)):
+            first = node.body[0]
+            taken.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+            found.append(text)
+    return "\n\n".join(found)

@@ -103,12 +103,12 @@ def _refuse_existing(
             f"{place} exists already", "choose another folder, or --overwrite to replace it"
         )
     try:
-        same = model is not None and tokenizer_place.read_bytes() == model
+        present = tokenizer_place.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise storage_error(tokenizer_place, error) from None
-    if not same:
+    if present != model:
         raise DataError(
             f"another tokenizer {tokenizer_place} exists already",
             "use it with --tokenizer, choose another folder, or --overwrite to replace it",

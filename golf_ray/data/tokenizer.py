@@ -52,7 +52,8 @@ class ByteTables:
             int64 of that shape.
         """
         space = self.has_leading_space[current] & ~self.is_boundary[previous]
-        return np.add(self.base_bytes[current], space, dtype=np.int64)
+        num_bytes: NDArray[np.int64] = self.base_bytes[current].astype(np.int64) + space
+        return num_bytes
 
 
 def tokenizer_name(vocab_size: int) -> str:

@@ -53,9 +53,19 @@ def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> bytes:
 
     require_vocab_size(vocab_size)
     model = io.BytesIO()
+    failures: list[BaseException] = []
+
+    def guarded() -> Iterator[str]:
+        # What is raised in here comes out of the trainer as a bare RuntimeError.
+        try:
+            yield from pieces
+        except (Exception, KeyboardInterrupt) as error:
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(pieces),
+            sentence_iterator=guarded(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -73,6 +83,8 @@ def train_tokenizer(pieces: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise _explained(str(error), vocab_size) from None
     return model.getvalue()
 

@@ -1,0 +1,1 @@
+"""Quantisation: Hessians, GPTQ, the public artifact container, and what an artifact weighs."""

@@ -194,7 +194,7 @@ def quantize_checkpoint(
     *,
     hessians: Mapping[str, Tensor] | None = None,
     device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype | None = None,
     what: str = "the checkpoint",
 ) -> tuple[QuantizedState, QuantizationReport]:
     """Calibrate and quantise in this process.
@@ -204,7 +204,8 @@ def quantize_checkpoint(
         batches: calibration batches, int [rows, S] each; not read where Hessians are given.
         hessians: stored ones of the same weights, to be used instead.
         device: where all of it runs.
-        compute_dtype: arithmetic of the calibration passes.
+        compute_dtype: arithmetic of the calibration passes; None for that of the training, which
+            is bfloat16 on a GPU where the configuration leaves it open.
         what: how messages name the state.
 
     Raises:
@@ -213,9 +214,8 @@ def quantize_checkpoint(
     check_state(config.model, state, what)
     begin_s = time.perf_counter()
     if hessians is None:
-        model = build_model(
-            config.model, state, device=device, compute_dtype=compute_dtype, what=what
-        )
+        dtype = compute_dtype or _training_dtype(config, torch.device(device))
+        model = build_model(config.model, state, device=device, compute_dtype=dtype, what=what)
         hessians = collect_hessians(model, batches)
     calibrated_s = time.perf_counter()
     factors = prepare_factors(config, hessians, device=device)
@@ -331,3 +331,9 @@ def _batches(items: Sequence[Any], width: int) -> Iterator[Any]:
     size = max(1, MAX_BATCH_ELEMENTS // width**2)
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _training_dtype(config: Config, device: torch.device) -> torch.dtype:
+    precision = config.train.precision
+    bfloat16 = device.type == "cuda" if precision == "auto" else precision == "bfloat16"
+    return torch.bfloat16 if bfloat16 else torch.float32

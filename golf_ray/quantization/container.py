@@ -353,7 +353,7 @@ def _decompress_brotli(data: bytes, where: str, max_bytes: int) -> bytes:
     try:
         while not decompressor.is_finished():
             piece = decompressor.process(feed, output_buffer_limit=_CHUNK_BYTES)
-            if not piece and decompressor.can_accept_more_data():
+            if not piece and not decompressor.is_finished() and decompressor.can_accept_more_data():
                 raise CheckpointError(f"{where} is truncated", REMEDY)
             pieces.append(piece)
             total += len(piece)
