@@ -221,13 +221,15 @@ def _uninterrupted() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, lambda number, frame: came.append(number)) for n in numbers}
+    before = {
+        wait: signal.signal(wait, lambda number, frame: came.append(number))
+        for wait in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for waited, handler in before.items():
+            signal.signal(waited, handler)
         for number in came[:1]:
             signal.raise_signal(number)
 

@@ -168,8 +168,10 @@ def _gpu_library(distribution: str, module: str, purpose: str, *, needed: bool) 
     if importlib.util.find_spec(module) is None:
         remedy = ""
         if needed and module != "xformers":
-            remedy = f"pip install {distribution}" if module == "triton" else (
-                "install a flash_attn_3 wheel for this torch and CUDA, or xformers"
+            remedy = (
+                f"pip install {distribution}"
+                if module == "triton"
+                else ("install a flash_attn_3 wheel for this torch and CUDA, or xformers")
             )
         return Finding(name=name, status="absent", detail=f"for {purpose}", remedy=remedy)
     version = _version(distribution) or _version(module) or "installed"
@@ -273,7 +275,9 @@ def _disk(data_dir: Path | None) -> Finding:
     if data_dir is not None and data_dir.is_dir():
         folders["data"] = data_dir
     free = {name: shutil.disk_usage(path).free for name, path in folders.items()}
-    detail = ", ".join(f"{_size(size)} free {name} ({folders[name]})" for name, size in free.items())
+    detail = ", ".join(
+        f"{_size(size)} free {name} ({folders[name]})" for name, size in free.items()
+    )
     if min(free.values()) < LOW_DISK_BYTES:
         return Finding(
             name="disk", status="absent", detail=detail, remedy="free space: runs need gigabytes"

@@ -67,8 +67,8 @@ LAPTOP = Config(
     name="laptop",
     model=ModelConfig(
         vocab_size=1024,
-        embedding_dim=128,
-        model_dim=128,
+        embedding_dim=64,
+        model_dim=64,
         num_layers=5,
         num_heads=4,
         num_kv_heads=2,
@@ -84,18 +84,20 @@ LAPTOP = Config(
     train=TrainConfig(
         batch_tokens=4096,
         micro_batches=2,
-        iterations=60,
+        iterations=50,
         max_wallclock_s=None,
+        muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=20,
         ema_decay=0.9,
-        val_every_steps=30,
-        checkpoint_every_steps=30,
-        log_every_steps=10,
+        val_every_steps=25,
+        checkpoint_every_steps=25,
+        log_every_steps=5,
     ),
     quantization=QuantizationConfig(
-        float16_max_numel=1024, calibration_batches=4, calibration_batch_tokens=2048
+        float16_max_numel=1024, calibration_batches=8, calibration_batch_tokens=2048
     ),
-    adaptation=AdaptationConfig(rank=8, window=256, lr=1e-3),
+    adaptation=AdaptationConfig(rank=4, window=256, lr=1e-3, group_documents=4),
     evaluation=EvaluationConfig(seq_len=256, batch_tokens=4096),
     cluster=ClusterConfig(
         num_workers=2,

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from golf_ray.model.checkpoint import build_model, load_tensors
+from golf_ray.model.checkpoint import build_model
+from golf_ray.model.loading import load_tensors
 from golf_ray.model.model import GolfModel
 from golf_ray.presets import TINY
 
@@ -29,12 +30,12 @@ def arrays(name: str) -> dict[str, Any]:
 
 def final_state() -> dict[str, Tensor]:
     """The stored randomised weights."""
-    return dict(load_tensors(FOLDER / "final_model.pt"))
+    return dict(load_tensors(FOLDER / "final_model.pt", "stored"))
 
 
 def training_states() -> dict[str, dict[str, Tensor]]:
     """The stored training's `init`, `final` and `ema`."""
-    return load_tensors(FOLDER / "training_states.pt")
+    return load_tensors(FOLDER / "training_states.pt", "stored")
 
 
 def tiny_model() -> GolfModel:

@@ -60,7 +60,8 @@ def test_damaged_data(data: Path, name: str) -> None:
     damage(data / file)
     done = golf_ray("eval", FULL, *CONFIG, data, "--method", "ttt", "--json")
     assert done.status == 1 and not done.out
-    assert expected in done.error and file.rpartition("/")[2][:11] in done.error
+    assert expected in done.error
+    assert name == "no document" or file.rpartition("/")[2][:11] in done.error
 
 
 @pytest.mark.parametrize("verb", ["quantize", "train"])
@@ -191,7 +192,7 @@ def test_a_carried_configuration_that_is_damaged(tmp_path: Path) -> None:
     [
         (["eval", "no/such.pt", *UPSTREAM], "there is no checkpoint no/such.pt"),
         (["eval", "no/such.ptz", *UPSTREAM], "no/such.ptz cannot be read"),
-        (["eval", FULL, *CONFIG, "no-data"], "in no-data/datasets"),
+        (["eval", FULL, *CONFIG, "no-data"], "no tokenizer no-data/tokenizers/"),
         (["eval", FULL, *UPSTREAM, "--method", "ttt", "--adapter-init", "a.npz"], "a.npz cannot"),
         (["eval", FULL, *UPSTREAM, "--method", "ttt", "--adapter-init", FULL], "adapter file"),
         (

@@ -11,7 +11,8 @@ from cli_runner import TINY, golf_ray
 from golf_ray.cli.options import ConfigOptions, resolve_config
 from golf_ray.config import Config
 from golf_ray.errors import ConfigError
-from golf_ray.presets import LAPTOP, PRESETS, TINY as TINY_PRESET
+from golf_ray.presets import LAPTOP, PRESETS
+from golf_ray.presets import TINY as TINY_PRESET
 
 
 def test_show_prints_what_config_takes_back(tmp_path: Path) -> None:

@@ -142,22 +142,21 @@ def test_duplicates_go_to_one_side(tmp_path: Path) -> None:
     rows = [text_of(n % 10) + (" " if n % 2 else "") for n in range(60)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    report = build_dataset([path], tmp_path / "out", vocab_size=290, val_documents=3)
+    report = build_dataset([path], tmp_path / "out", vocab_size=310, val_documents=3)
     assert (report.train.documents, report.val.documents) == (42, 18)
-    train = set(documents_of(tmp_path / "out", 290, "train"))
-    val = set(documents_of(tmp_path / "out", 290, "val"))
+    train = set(documents_of(tmp_path / "out", 310, "train"))
+    val = set(documents_of(tmp_path / "out", 310, "val"))
     assert len(train) == 7 and len(val) == 3 and not train & val
 
 
 def test_jsonl_parquet_and_streams_give_the_same_tokens(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     texts = [text_of(n) for n in range(30)]
     lines = [json.dumps({"id": n, "body": t}) for n, t in enumerate([*texts, None])]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
     table = pyarrow.table({"body": [*texts, None], "id": list(range(31))})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    parquet.write_table(table, tmp_path / "a.parquet")
     shards = []
     for name in ("a.jsonl", "a.parquet"):
         report = build_dataset(
@@ -244,12 +243,14 @@ def test_sources_without_text(tmp_path: Path) -> None:
     root = tmp_path / "none"
     root.mkdir()
     (root / "a.bin").write_bytes(b"\0\1")
-    for sources in ([root], [tmp_path / "absent"], []):
-        with pytest.raises(DataError, match="no text in|no file or folder") as caught:
+    for sources, told in (
+        ([root], "1 binary"),
+        ([tmp_path / "absent"], "no file or folder"),
+        ([], "no source"),
+    ):
+        with pytest.raises(DataError, match=told) as caught:
             build_dataset(sources, tmp_path / "out", vocab_size=300)
         one_line(caught.value)
-    assert "1 binary" in str(pytest.raises(DataError, build_dataset, [root], tmp_path / "out",
-                                           vocab_size=300).value)  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 
@@ -275,9 +276,8 @@ def test_one_document_cannot_be_split(tmp_path: Path) -> None:
 
 def test_columns_and_rows_that_cannot_be_used(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"content": ["x"], "n": [1]}), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"contents": "x"}\n')
     (tmp_path / "c.jsonl").write_text('{"content": "x"}\n{"content"\n')
     (tmp_path / "d.jsonl").write_text("[1]\n")
@@ -347,12 +347,12 @@ def test_the_tokenizer_learns_from_a_bounded_sample_of_the_training_side(
     models = set()
     for seed in (0, 1, 1):
         report = build_dataset(
-            [folder], tmp_path / f"out{len(os.listdir(tmp_path))}", vocab_size=280, seed=seed,
+            [folder], tmp_path / f"out{len(os.listdir(tmp_path))}", vocab_size=310, seed=seed,
             tokenizer_sample_bytes=5000,
         )  # fmt: skip
         models.add(file_sha256(report.tokenizer))
     assert len(models) == 2
-    assert build.BuildOptions(vocab_size=280).tokenizer_sample_bytes == 32_000_000
+    assert build.BuildOptions(vocab_size=310).tokenizer_sample_bytes == 32_000_000
 
 
 def test_errors_of_the_text_come_through_the_trainer() -> None:
@@ -370,7 +370,8 @@ def test_library_text_is_real_bounded_and_said_once() -> None:
     sizes = [len(text.encode()) for _, text in documents]
     assert 300_000 < sum(sizes) <= 400_000
     assert any(name.endswith("documentation") for name, _ in documents)
-    assert not any("test/" in name or "site-packages" in name for name, _ in documents)
+    left_out = {"test", "tests", "site-packages"}
+    assert not any(left_out & set(name.split(":")[0].split("/")) for name, _ in documents)
     codes = "\n".join(text for name, text in documents if name.endswith("code"))
     for name, text in documents:
         if name.endswith("documentation"):

@@ -14,7 +14,8 @@ OWN = {"golf_ray", "trainers", "evaluators", "search_spaces"}
 CONTRACTS = {
     f"golf_ray.{name}"
     for name in (
-        "config", "errors", "fields", "fingerprint", "metric", "presets", "records", "sections", "stats", "upstream"
+        "config", "errors", "fields", "fingerprint", "metric", "presets", "records", "sections",
+        "stats", "upstream",
     )
 }  # fmt: skip
 MATHEMATICS = {
@@ -25,7 +26,10 @@ STAGES = {"trainers", "evaluators"}
 MATH_LIBRARIES = {
     "torch", "triton", "numpy", "sentencepiece", "brotli", "pyarrow", "huggingface_hub", "fsspec"
 }  # fmt: skip
-WRAPS_RAY = {"trainers.ray_train", "trainers.ray_worker", "evaluators.pool"}
+WRAPS_RAY = {
+    "trainers.ray_channel", "trainers.ray_train", "trainers.ray_watch", "trainers.ray_worker",
+    "evaluators.pool",
+}  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

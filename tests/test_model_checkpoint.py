@@ -46,7 +46,7 @@ def test_a_checkpoint_of_ours_is_a_public_one_that_knows_its_configuration(tmp_p
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path, legacy: bool) -> None:
     mark, path = tmp_path / "ran", tmp_path / "evil.pt"
     torch.save({"qo_bank": RunsCode(mark)}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match="would run code"):
+    with pytest.raises(CheckpointError, match="nothing of it was run"):
         read_state(path)
     assert not mark.exists()
     path.write_bytes(pickle.dumps(RunsCode(mark)))
@@ -66,7 +66,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=name) as caught:
             read_state(path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not there"):
         read_state(tmp_path / "absent.pt")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match="no state dict"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference import FOLDER, arrays, final_state, tiny_model
 from torch import Tensor
 
 from golf_ray.config import Config
@@ -35,7 +36,6 @@ from golf_ray.quantization.container import (
     write_artifact,
 )
 from golf_ray.quantization.hessian import collect_hessians
-from tests.reference import FOLDER, arrays, final_state, tiny_model
 
 PUBLIC = FOLDER / "final_model.int6.ptz"
 CALIBRATION = arrays("gptq")["calibration_tokens"].astype(np.int64)

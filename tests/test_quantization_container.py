@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import FOLDER, arrays
 from torch import Tensor
 
 from golf_ray.errors import CheckpointError
@@ -42,7 +43,6 @@ from golf_ray.quantization.container import (
     unshuffle_bytes,
     write_artifact,
 )
-from tests.reference import FOLDER, arrays
 
 PUBLIC = FOLDER / "final_model.int6.ptz"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

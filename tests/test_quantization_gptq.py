@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import arrays
 from torch import Tensor
 
 from golf_ray.errors import CheckpointError
@@ -22,7 +23,6 @@ from golf_ray.quantization.gptq import (
     row_scales,
     weighted_error,
 )
-from tests.reference import arrays
 
 STORED = [name.removesuffix(".hessian") for name in arrays("gptq") if name.endswith(".hessian")]
 

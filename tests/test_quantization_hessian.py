@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference import arrays, tiny_model
 from torch import Tensor
 
 from golf_ray.errors import CheckpointError
@@ -27,7 +28,6 @@ from golf_ray.quantization.hessian import (
     read_hessians,
     write_hessians,
 )
-from tests.reference import arrays, tiny_model
 
 CALIBRATION = arrays("gptq")["calibration_tokens"].astype(np.int64)
 STORED = {k.removesuffix(".hessian"): v for k, v in arrays("gptq").items() if "hessian" in k}

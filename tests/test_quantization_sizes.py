@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import FOLDER
 
 from golf_ray.errors import UsageError
 from golf_ray.presets import RECORD
@@ -27,7 +28,6 @@ from golf_ray.quantization.sizes import (
     sizes_of,
     wrap_code,
 )
-from tests.reference import FOLDER
 
 PROGRAM = textwrap.dedent(
     '''

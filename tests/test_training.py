@@ -19,7 +19,8 @@ from torch import Tensor
 
 from golf_ray.config import Config
 from golf_ray.errors import CheckpointError, ConfigError, TrainingFailed
-from golf_ray.model.checkpoint import load_tensors, read_state
+from golf_ray.model.checkpoint import read_state
+from golf_ray.model.loading import load_tensors
 from golf_ray.presets import TINY
 from trainers.loop import Clock, TrainingRun
 from trainers.reporting import Interval, Reporter, WriteFolder
@@ -251,7 +252,7 @@ def test_the_state_holds_everything(tmp_path: Path) -> None:
     config = TINY.with_overrides({"train.iterations": 2})
     with TrainingRun(config, TRAIN_SHARDS, reporter=Recorder(tmp_path)) as run:
         run.run()
-    state: dict[str, Any] = load_tensors(tmp_path / "000002" / "state.pt")
+    state: dict[str, Any] = load_tensors(tmp_path / "000002" / "state.pt", "stored")
     assert state["step"] == 2 and state["elapsed_s"] > 0
     assert set(state["optimizer"]["muon"]) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}
     assert len(state["optimizer"]["adam"]) == 29

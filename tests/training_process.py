@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from golf_ray.config import Config
-from golf_ray.model.checkpoint import load_tensors
+from golf_ray.model.loading import load_tensors
 from golf_ray.optim.world import World
 from trainers.loop import TrainingRun
 from trainers.reporting import Interval, Reporter, WriteFolder
@@ -51,7 +51,7 @@ def main() -> None:
         )
     folder = Path(job["folder"])
     reporter = FolderReporter(folder, rank)
-    initial = load_tensors(Path(job["initial"]))["init"] if job["initial"] else None
+    initial = load_tensors(Path(job["initial"]), "stored")["init"] if job["initial"] else None
     with TrainingRun(
         Config.from_dict(job["config"]),
         [Path(p) for p in job["shards"]],

@@ -13,6 +13,7 @@ disk and renamed. So a run that is killed at any moment can be resumed from the 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 
 from golf_ray.config import Config
-from golf_ray.errors import StorageError, UsageError
+from golf_ray.errors import CheckpointError, StorageError, UsageError
 from golf_ray.optim.world import World
 from golf_ray.records import (
     append_jsonl,
@@ -35,7 +36,7 @@ from golf_ray.records import (
 )
 from trainers.loop import TrainingResult, TrainingRun, Validate
 from trainers.reporting import Interval, Reporter, WriteFolder
-from trainers.state import CONFIG_FILE, FINAL_FILE
+from trainers.state import CONFIG_FILE, FINAL_FILE, differing_fields
 
 INTERVALS_FILE = "intervals.jsonl"
 RESULT_FILE = "result.json"
@@ -126,6 +127,11 @@ def write_checkpoint(parent: Path, step: int, write: WriteFolder) -> Path:
         _force_to_disk(parent)
     except OSError as error:
         raise storage_error(target, error) from None
+    except RuntimeError as error:
+        # What torch's zip writer says where the file system took less than it was given.
+        if "inline_container" not in str(error):
+            raise
+        raise storage_error(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
     finally:
         clear_unfinished(parent)
     return target
@@ -142,12 +148,12 @@ def clear_unfinished(parent: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def begin_run(run_dir: Path, config: Config) -> None:
-    """Make the folder of a new run.
+def require_unused(run_dir: Path) -> None:
+    """See that a new run may take a folder.
 
     Raises:
         UsageError: there is a run, or something else, in it.
-        StorageError: it cannot be written.
+        StorageError: it cannot be looked into.
     """
     try:
         used = run_dir.is_dir() and any(run_dir.iterdir())
@@ -159,8 +165,22 @@ def begin_run(run_dir: Path, config: Config) -> None:
         )
     if used:
         raise UsageError(f"the folder {run_dir} is not empty", "choose another --run-dir")
-    make_folder(run_dir)
-    atomic_write_text(run_dir / CONFIG_FILE, config.to_json())
+
+
+def require_same(run_dir: Path, config: Config) -> None:
+    """See that a run was begun under a configuration that gives the same weights.
+
+    Raises:
+        UsageError: there is no run.
+        CheckpointError: it was not.
+    """
+    differing = differing_fields(config, read_run_config(run_dir))
+    if differing:
+        path, mine, theirs = differing[0]
+        raise CheckpointError(
+            f"the run in {run_dir} was begun with {path} = {theirs!r}, not {mine!r}",
+            "resume it under its own configuration, or begin a new run",
+        )
 
 
 def read_run_config(run_dir: Path) -> Config:
@@ -210,19 +230,25 @@ def train_in_process(
 
     Raises:
         UsageError: the folder is in use, or with `resume` is not there.
-        CheckpointError: the newest checkpoint is of another configuration.
+        CheckpointError: the run was begun under another configuration.
         TrainingFailed: a loss is not finite.
         StorageError: the folder cannot be written or has no space left.
     """
     if not resume:
-        begin_run(run_dir, config)
-    elif (ended := read_result(run_dir)) is not None:
-        return ended
+        require_unused(run_dir)
+    else:
+        require_same(run_dir, config)
+        if (ended := read_result(run_dir)) is not None:
+            return ended
     reporter = LocalReporter(run_dir, on_step=on_step, on_interval=on_interval)
     world = World(device=device or torch.device("cpu"))
     with TrainingRun(config, shards, world=world, reporter=reporter, validate=validate) as run:
         if resume and (found := checkpoints(run_dir)):
             run.resume(found[-1])
+        if not resume:
+            # Only now: data that cannot be used leaves no run behind.
+            make_folder(run_dir)
+            atomic_write_text(run_dir / CONFIG_FILE, config.to_json())
         result = run.run()
     atomic_write_json(run_dir / RESULT_FILE, dataclasses.asdict(result))
     return result

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from golf_ray.config import Config
 from golf_ray.errors import CheckpointError
-from golf_ray.model.checkpoint import load_tensors, save_state
+from golf_ray.model.checkpoint import save_state
+from golf_ray.model.loading import load_tensors
 from golf_ray.records import atomic_path, atomic_write_text
 
 STATE_FILE = "state.pt"
@@ -92,7 +93,7 @@ def read_state(folder: Path, config: Config) -> TrainingState:
             f"{mine!r} here" + (f", and {len(differing) - 1} more" if differing[1:] else ""),
             "resume under its own configuration or begin a new run",
         )
-    data = load_tensors(folder / STATE_FILE)
+    data = load_tensors(folder / STATE_FILE, str(folder / STATE_FILE))
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder / STATE_FILE} is no training state of this version", "begin a new run"

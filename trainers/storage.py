@@ -26,6 +26,8 @@ from golf_ray.records import append_jsonl, atomic_write_bytes, storage_error
 FLUSH_S = 5.0
 """Object stores cannot append: a growing file is written again at most this often."""
 
+_COPY_BYTES = 1 << 22
+
 
 class Storage:
     """A folder by path or URI.
@@ -42,12 +44,12 @@ class Storage:
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
         self.uri = text.rstrip("/") or "/"
-        if _on is None:
-            self.filesystem, path = _resolve(self.uri)
-        else:
-            # Resolving an object store anew asks it over the network.
-            self.filesystem, path = _on.filesystem, _on.path + self.uri.removeprefix(_on.uri)
-        self.path = path.rstrip("/") or "/"
+        # Resolving an object store anew would ask it over the network.
+        self.filesystem, path = _resolve(self.uri) if _on is None else _on._below(self.uri)
+        self.path: str = path.rstrip("/") or "/"
+
+    def _below(self, uri: str) -> tuple[pafs.FileSystem, str]:
+        return self.filesystem, self.path + uri.removeprefix(self.uri)
 
     @property
     def local(self) -> Path | None:
@@ -93,6 +95,13 @@ class Storage:
             # An object appears when its stream is closed, and not if that fails.
             with self.filesystem.open_output_stream(self.place(name)) as stream:
                 stream.write(data)
+
+    def write_file(self, name: str, source: Path) -> None:
+        """Copy a file of this machine here; it appears whole."""
+        with self._named(name), open(source, "rb") as file:
+            self.filesystem.create_dir(self.path, recursive=True)
+            with self.filesystem.open_output_stream(self.place(name)) as stream:
+                shutil.copyfileobj(file, stream, _COPY_BYTES)
 
     def copy(self, source: str, target: str) -> None:
         """Copy a file within the folder; it appears whole."""

@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -35,7 +36,11 @@ def run(argv: Sequence[str]) -> int:
     """Run a command and return its exit status; errors are printed."""
     debug = "--debug" in argv
     try:
-        return _invoke(list(argv))
+        with warnings.catch_warnings():
+            if not debug and not sys.warnoptions:
+                # Those of libraries are for who writes code, and an error is one line.
+                warnings.simplefilter("ignore")
+            return _invoke(list(argv))
     except GolfRayError as error:
         return _failed(str(error), error.exit_status, debug)
     except KeyboardInterrupt as stop:

@@ -27,7 +27,12 @@ BUILD_EXAMPLES = examples(
     "golf-ray data build more.jsonl --tokenizer fineweb_1024_bpe.model",
 )
 
-_STAGES = {"read": "reading", "tokenizer": "tokenizer", "tokenize": "tokenising", "write": "writing"}
+_STAGES = {
+    "read": "reading",
+    "tokenizer": "tokenizer",
+    "tokenize": "tokenising",
+    "write": "writing",
+}
 
 Folder = Annotated[
     Path,

@@ -52,6 +52,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def clock(seconds: float) -> str:
+    """Seconds as a clock shows them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 def sizes_line(sizes: dict[str, Any]) -> str:
     """Model, code and total apart, as `Sizes.to_dict` has them."""
     total, limit = sizes["total_bytes"], sizes["limit_bytes"]
@@ -75,13 +82,21 @@ class Bar:
         self._phase = ""
 
     def update(
-        self, label: str, done: int, total: int, detail: str = "", *, phase: str = ""
+        self,
+        label: str,
+        done: int,
+        total: int,
+        detail: str = "",
+        *,
+        phase: str = "",
+        seconds_left: float | None = None,
     ) -> None:
         """Show units done of all (0 where not known) and a word on how it goes.
 
         Args:
             phase: what the time left is reckoned over; by default the label, so that another
                 label begins anew.
+            seconds_left: where it is known better than from the pace of units.
         """
         if self._progress is None:
             return
@@ -90,10 +105,22 @@ class Bar:
             if self._task is not None:
                 self._progress.remove_task(self._task)
             self._phase = phase
-            self._task = self._progress.add_task(label, total=whole, completed=done, detail=detail)
+            self._task = self._progress.add_task(label, total=whole, detail="", left=None)
         self._progress.update(
-            self._task, description=label, completed=done, total=whole, detail=detail
+            self._task,
+            description=label,
+            completed=done,
+            total=whole,
+            detail=detail,
+            left=seconds_left,
         )
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, also where there is no bar: what happened matters."""
+        if self._progress is not None:
+            self._progress.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def phase(self, phase: str, done: int, total: int) -> None:
         """`update` for those who know no more."""
@@ -107,14 +134,23 @@ def progress_bar() -> Iterator[Bar]:
         yield Bar(None)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        max_refresh = 0.5
+
+        def render(self, task: Task) -> Text:
+            known = task.fields["left"]
+            seconds = task.time_remaining if known is None else known
+            return Text("" if seconds is None else f"{clock(seconds)} left", style="cyan")
 
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[detail]}", style="cyan"),
-        TimeRemainingColumn(compact=True),
+        Left(),
         console=Console(stderr=True),
         transient=True,
         expand=True,

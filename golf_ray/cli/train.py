@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,7 @@ from golf_ray.errors import UsageError
 if TYPE_CHECKING:
     from golf_ray.api import Training
     from golf_ray.config import Config
+    from trainers.run_record import ProgressEvent
 
 EXAMPLES = examples(
     "golf-ray train --preset laptop --run-dir runs/first",
@@ -39,9 +41,7 @@ EXAMPLES = examples(
 def train(
     run_dir: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR", help="The run's folder; runs/NAME-TIME where not given."
-        ),
+        typer.Option(metavar="DIR", help="The run's folder; runs/NAME-TIME where not given."),
     ] = None,
     resume: Annotated[
         bool,
@@ -51,7 +51,9 @@ def train(
     ] = False,
     in_process: Annotated[
         bool,
-        typer.Option("--in-process", metavar=NO_VALUE, help="Train here, with no Ray, as one rank."),
+        typer.Option(
+            "--in-process", metavar=NO_VALUE, help="Train here, with no Ray, as one rank."
+        ),
     ] = False,
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Ray workers: cluster.num_workers.")
@@ -87,7 +89,6 @@ def train(
     from golf_ray import api
 
     with progress_bar() as bar:
-        watch = Watch(bar, chosen.train.batch_tokens, chosen.train.max_wallclock_s)
         bar.update("starting", 0, 0)
         try:
             done = api.train(
@@ -96,7 +97,7 @@ def train(
                 resume=resume,
                 in_process=in_process,
                 address=address,
-                on_step=watch.step,
+                on_progress=lambda event: _show(bar, event),
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -116,35 +117,39 @@ def _configuration(options: ConfigOptions, workers: int | None, run_dir: str | N
     return resolve_config(options, carried, changes=changes)
 
 
-class Watch:
-    """Turns steps into a bar with loss and speed; time left is of steps or of the wall clock."""
-
-    def __init__(self, bar: Bar, batch_tokens: int, max_wallclock_s: float | None) -> None:
-        self._bar = bar
-        self._batch_tokens = batch_tokens
-        self._max_wallclock_s = max_wallclock_s
-        self._began: tuple[int, float] | None = None
-
-    def step(self, step: int, num_steps: int, loss_nats: float) -> None:
-        """Show a step that is done."""
-        now_s = time.perf_counter()
-        if self._began is None:
-            # The first step of a process is slow, and a resumed run does not begin at 0.
-            self._began = (step, now_s)
-        steps, seconds = step - self._began[0], now_s - self._began[1]
-        rate = steps * self._batch_tokens / seconds if steps else 0.0
-        loss = "" if loss_nats != loss_nats else f"loss {loss_nats:.4f}"
-        detail = f"{loss} {rate:,.0f} tok/s" if rate else loss
-        self._bar.update(f"step {step}/{num_steps}", step, num_steps, detail, phase="training")
+def _show(bar: Bar, event: ProgressEvent) -> None:
+    if event.message is not None:
+        bar.say(event.message)
+    if event.phase != "training":
+        bar.update(event.phase, 0, 0)
+        return
+    facts = [] if math.isnan(event.loss_nats) else [f"loss {event.loss_nats:.4f}"]
+    if event.tokens_per_s:
+        facts.append(f"{event.tokens_per_s:,.0f} tok/s")
+    label = f"step {event.step:,}/{event.num_steps:,}"
+    detail = " ".join(facts)
+    bar.update(
+        label,
+        event.step,
+        event.num_steps,
+        detail,
+        phase="training",
+        seconds_left=event.seconds_left,
+    )
 
 
 def _report(done: Training) -> tuple[str, list[tuple[str, str]]]:
-    result = done.result
+    result, outcome = done.result, done.outcome
     again = f", resumed from step {result.resumed_from_step}" if result.resumed_from_step else ""
     rows = [
         ("steps", f"{count(result.steps)}, {count(result.tokens)} tokens{again}"),
         ("loss", f"{result.train_loss_nats:.4f} nats a token in the last step"),
         ("time", duration(result.elapsed_s)),
-        ("result", str(done.checkpoint)),
+        ("result", done.final_model),
     ]
+    if done.val_bpb is not None:
+        rows.insert(2, ("validation", f"{done.val_bpb:.4f} bpb of the raw weights, packed"))
+    if outcome is not None:
+        rows.insert(0, ("workers", f"{outcome.num_workers} on {outcome.device}"))
+        rows += [("restarted", restart.describe()) for restart in outcome.restarts]
     return f"trained {done.run_dir}", rows

@@ -146,8 +146,12 @@ def open_shard(path: Path, vocab_size: int | None = None) -> Tokens:
     return tokens
 
 
-def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
+def check_ids(tokens: Tokens, vocab_size: int, where: str, offset: int = 0) -> None:
     """See that every id is below the vocabulary size.
+
+    Args:
+        where: what the tokens are of, for the message.
+        offset: position of the first of them in it.
 
     Raises:
         DataError: one is not; its value and position are named.
@@ -155,9 +159,10 @@ def check_ids(tokens: Tokens, vocab_size: int, where: str) -> None:
     for start in range(0, len(tokens), CHECK_TOKENS):
         chunk = tokens[start : start + CHECK_TOKENS]
         if int(chunk.max()) >= vocab_size:
-            position = int(np.argmax(chunk >= vocab_size))
+            found = int(np.argmax(chunk >= vocab_size))
+            position = offset + start + found
             raise DataError(
-                f"{where} holds token id {int(chunk[position])} at position {start + position}, "
+                f"{where} holds token id {int(chunk[found])} at position {position}, "
                 f"but the vocabulary size is {vocab_size}",
                 "use the shards and model.vocab_size of one tokenizer",
             )

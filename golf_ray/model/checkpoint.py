@@ -7,48 +7,21 @@ read here can run code: only tensors and plain containers are unpickled.
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from golf_ray.config import Config, ModelConfig
 from golf_ray.errors import CheckpointError
+from golf_ray.model.loading import load_tensors
 from golf_ray.model.model import GolfModel
 from golf_ray.model.parameters import check_tensors, tensor_specs
 from golf_ray.records import atomic_path
 
 CONFIG_MEMBER = "golf_ray_config.json"
-
-
-def load_tensors(path: Path) -> Any:
-    """A torch file's content on the CPU, never running code from it.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or would run code when unpickled.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}", "check the path") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder", "give a checkpoint file") from None
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise CheckpointError(
-                f"{path} holds more than tensors and would run code when read",
-                "ask its author for a plain state dict",
-            ) from None
-        raise CheckpointError(f"{path} is no torch checkpoint", "check the file") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint ({reason})", "it may be damaged: fetch it again"
-        ) from None
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], Config | None]:
@@ -58,7 +31,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], Config | None]:
         CheckpointError: the file cannot be read safely or is no state dict.
         ConfigError: the configuration in it is of another version of golf_ray.
     """
-    state = load_tensors(path)
+    state = load_tensors(path, str(path))
     good = isinstance(state, dict) and all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     )

@@ -26,7 +26,7 @@ from golf_ray.model.hooks import Hooks
 from golf_ray.model.model import GolfModel
 from golf_ray.model.segments import Segments
 from golf_ray.quantization.gptq import matmul_precision
-from golf_ray.quantization.loading import load_tensors
+from golf_ray.model.loading import load_tensors
 from golf_ray.records import atomic_path
 
 GRAM_ROWS = 4096

@@ -61,12 +61,15 @@ def load_tensors(source: Path | bytes, where: str) -> Any:
     Raises:
         CheckpointError: it is missing or damaged, or would run code when unpickled.
     """
-    data = source if isinstance(source, bytes) else read_bytes(source, where)
+    if isinstance(source, Path) and not source.is_file():
+        kind = "is a folder" if source.is_dir() else "is not there"
+        raise CheckpointError(f"{where} {kind}", "give a checkpoint file")
+    readable = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings():
             # torch warns of pickle protocols and tensor kinds before it refuses them.
             warnings.simplefilter("ignore")
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return torch.load(readable, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = _GLOBAL.search(str(error))
         what = f" ('{found[1]}')" if found else ""

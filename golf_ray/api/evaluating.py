@@ -1,0 +1,164 @@
+"""Evaluation as one call: weights, validation stream, method; in this process or on Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from golf_ray.api.machine import cpu_threads, pick_device
+from golf_ray.api.quantizing import Phase, Quantization, default_artifact, quantize
+from golf_ray.api.weights import StoredWeights, config_for, open_weights, opened
+from golf_ray.config import Config
+from golf_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from evaluators.packed import Progress
+    from evaluators.result import EvaluationResult
+    from golf_ray.adaptation.engine import AdapterInit
+    from golf_ray.data.tokenizer import ByteTables
+    from golf_ray.quantization.sizes import Sizes
+
+Method = Literal["packed", "sliding", "ttt"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """A score, and what it is the score of."""
+
+    checkpoint: Path
+    """The file that was given."""
+    result: EvaluationResult
+    device: str
+    workers: int | None
+    """Actors that shared the work; None for this process."""
+    sizes: Sizes | None = None
+    """Of the artifact, where one was scored."""
+    quantization: Quantization | None = None
+    """Where the artifact was made on the way."""
+
+    def to_dict(self, *, per_document: bool = False) -> dict[str, Any]:
+        """Plain data for JSON."""
+        data = {"checkpoint": str(self.checkpoint)}
+        data.update(self.result.to_dict(per_document=per_document))
+        data.update({"device": self.device, "workers": self.workers})
+        if self.sizes is not None:
+            data.update(self.sizes.to_dict())
+        if self.quantization is not None:
+            data["quantization"] = self.quantization.to_dict()
+        return data
+
+
+def evaluate(
+    checkpoint: str | Path | StoredWeights,
+    config: Config | None = None,
+    *,
+    method: Method = "packed",
+    quantize_first: bool = False,
+    artifact: str | Path | None = None,
+    adapter_init: str | Path | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    quantize_progress: Phase | None = None,
+) -> Evaluation:
+    """Score a checkpoint or an artifact on the validation stream of its configuration.
+
+    Args:
+        config: None for the one that the checkpoint carries.
+        method: `packed`, `sliding`, or `ttt` for test-time training.
+        quantize_first: make the artifact and score that.
+        artifact: keep the artifact there.
+        adapter_init: an .npz with the adapters' A, for `ttt`.
+        workers: Ray actors to share the work; None computes in this process.
+        address: of a running Ray cluster, for workers.
+        force: allow a model configuration other than the carried one.
+
+    Raises:
+        GolfRayError: something given cannot be used.
+    """
+    weights = opened(checkpoint)
+    config = config_for(weights, config, force=force)
+    if adapter_init is not None and method != "ttt":
+        raise UsageError(f"adapters have no part in '{method}' evaluation", "use --method ttt")
+    if not quantize_first:
+        return _evaluate_weights(weights, config, method, adapter_init, workers, address, progress)
+    with tempfile.TemporaryDirectory(prefix="golf-ray-") as folder:
+        kept = None if artifact is None else Path(artifact)
+        target = kept or Path(folder) / default_artifact(weights.path).name
+        made = quantize(weights, config, out=target, force=force, progress=quantize_progress)
+        scored = _evaluate_weights(
+            open_weights(target), config, method, adapter_init, workers, address, progress
+        )
+    made = dataclasses.replace(made, artifact=kept)
+    return dataclasses.replace(scored, checkpoint=weights.path, quantization=made)
+
+
+def validation_stream(config: Config) -> tuple[NDArray[np.uint16], ByteTables]:
+    """All validation tokens [T] of a configuration, and the bytes of each token id.
+
+    Raises:
+        DataError: shards or tokenizer are missing, damaged, or of another vocabulary.
+    """
+    from golf_ray.data.shards import find_shards, load_tokens
+    from golf_ray.data.tokenizer import byte_tables, find_tokenizer
+
+    vocab_size = config.model.vocab_size
+    tables = byte_tables(find_tokenizer(config.data, vocab_size), vocab_size)
+    return load_tokens(find_shards(config.data, vocab_size, "val"), vocab_size), tables
+
+
+def _evaluate_weights(
+    weights: StoredWeights,
+    config: Config,
+    method: Method,
+    adapter_init: str | Path | None,
+    workers: int | None,
+    address: str | None,
+    progress: Progress | None,
+) -> Evaluation:
+    from evaluators.result import evaluate as evaluate_here
+    from golf_ray.model.checkpoint import build_model
+    from golf_ray.quantization.sizes import sizes_of
+    from trainers.loop import compute_dtype
+
+    tokens, tables = validation_stream(config)
+    state = weights.state(config.model)
+    device = pick_device(config)
+    adapters = None if adapter_init is None else _read_adapters(Path(adapter_init), config)
+    assert workers is None
+    with cpu_threads(config.evaluation.threads):
+        model = build_model(
+            config.model, state, device=device, compute_dtype=compute_dtype(config, device)
+        )
+        result = evaluate_here(
+            model,
+            config,
+            method,
+            tokens=tokens,
+            tables=tables,
+            weights=weights.kind,
+            adapter_init=adapters,
+            progress=progress,
+        )
+    size = weights.model_bytes
+    return Evaluation(
+        checkpoint=weights.path,
+        result=result,
+        device=device.type,
+        workers=workers,
+        sizes=None if size is None else sizes_of(size, config),
+    )
+
+
+def _read_adapters(path: Path, config: Config) -> AdapterInit:
+    from golf_ray.adaptation.adapters import adapter_slots, read_adapter_init
+
+    slots = adapter_slots(config.model, config.adaptation.sites)
+    return read_adapter_init(path, slots, config.adaptation.rank)

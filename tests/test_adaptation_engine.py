@@ -1,0 +1,464 @@
+"""The engine: against a plain twin, against itself under other packings, and against cheats."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from adaptation_cases import (
+    ADAPTATION,
+    SMALL,
+    TABLES,
+    VOCAB_SIZE,
+    changed_tail,
+    documents_of,
+    small_model,
+    stream,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from golf_ray.adaptation.adapters import adapter_slots
+from golf_ray.adaptation.engine import (
+    Document,
+    DocumentScore,
+    GroupEngine,
+    adapt_documents,
+    group_documents,
+)
+from golf_ray.adaptation.philox import adapter_a
+from golf_ray.config import AdaptationConfig
+from golf_ray.model.hooks import Hooks, Site
+from golf_ray.model.model import GolfModel
+from golf_ray.model.segments import Segments
+
+MODEL = small_model()
+# Where a gradient is zero but for rounding (the first token attends to nothing but itself, which
+# XSA removes), Adam with a small eps makes a whole step of the rounding. In float64 it makes none.
+EXACT = small_model(dtype=torch.float64)
+Tokens = NDArray[np.uint16]
+Run = Callable[[Tokens, AdaptationConfig], dict[int, NDArray[np.float32]]]
+
+
+def run(
+    tokens: Tokens,
+    adaptation: AdaptationConfig,
+    documents: tuple[Document, ...] | None = None,
+    model: GolfModel = MODEL,
+) -> dict[int, DocumentScore]:
+    documents = documents_of(tokens) if documents is None else documents
+    scores = adapt_documents(
+        model, tokens, documents, adaptation, tables=TABLES, keep_token_nats=True
+    )
+    return {score.index: score for score in scores}
+
+
+def losses(tokens: Tokens, adaptation: AdaptationConfig) -> dict[int, NDArray[np.float32]]:
+    return {i: _losses_of(score) for i, score in run(tokens, adaptation).items()}
+
+
+def _losses_of(score: DocumentScore) -> NDArray[np.float32]:
+    assert score.token_nats is not None
+    return score.token_nats
+
+
+# A plain twin -------------------------------------------------------------------------------
+
+
+class PlainAdapters(Hooks):
+    """One document's adapters, a pair of parameters a slot."""
+
+    def __init__(self, document: int, adaptation: AdaptationConfig) -> None:
+        self.pairs: dict[tuple[Site, int], tuple[Tensor, Tensor]] = {}
+        for slot in adapter_slots(SMALL, adaptation.sites):
+            a = adapter_a(adaptation.seed, document, slot.id, adaptation.rank, slot.in_features)
+            b = torch.zeros(slot.out_features, adaptation.rank, dtype=torch.float64)
+            self.pairs[slot.site, slot.layer] = (a.double().requires_grad_(), b.requires_grad_())
+
+    def adapt(self, site: Site, slot: int, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+        if (site, slot) not in self.pairs:
+            return y_TO
+        a, b = self.pairs[site, slot]
+        return y_TO + (x_TI @ a.T) @ b.T
+
+
+def plain_document(ids: Tensor, document: int, adaptation: AdaptationConfig) -> list[float]:
+    """Section by section what the method says, with torch's optimizers."""
+    adapters = PlainAdapters(document, adaptation)
+    parameters = [t for pair in adapters.pairs.values() for t in pair]
+    optimizer: torch.optim.Optimizer
+    if adaptation.optimizer == "adam":
+        optimizer = torch.optim.AdamW(
+            parameters, lr=adaptation.lr, betas=(adaptation.beta1, adaptation.beta2),
+            eps=adaptation.eps, weight_decay=adaptation.weight_decay,
+        )  # fmt: skip
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=adaptation.lr, momentum=adaptation.beta1)
+
+    def chunk_losses(start: int, end: int) -> Tensor:
+        first = max(0, end - adaptation.window)
+        segments = Segments.of_lengths([end - first])
+        x_TD = EXACT.hidden(ids[first:end], segments, loop=True, hooks=adapters)
+        log_p = F.log_softmax(EXACT.logits(x_TD, adapters), dim=-1)
+        return -log_p.gather(1, ids[first + 1 : end + 1, None])[start - first :, 0]
+
+    scores: list[float] = []
+    n = len(ids) - 1
+    for start in range(0, n, adaptation.chunk_size):
+        end = min(start + adaptation.chunk_size, n)
+        now = chunk_losses(start, end)
+        scores += now.tolist()
+        if end == n:
+            break
+        for step in range(adaptation.grad_steps):
+            optimizer.zero_grad()
+            (now if step == 0 else chunk_losses(start, end)).mean().backward()
+            if adaptation.optimizer == "sgd":
+                with torch.no_grad():
+                    for p in parameters:
+                        p.mul_(1 - adaptation.lr * adaptation.weight_decay)
+            optimizer.step()
+    return scores
+
+
+SETTINGS = st.builds(
+    lambda chunk, extra, **rest: AdaptationConfig(chunk_size=chunk, window=chunk + extra, **rest),
+    chunk=st.integers(1, 8),
+    extra=st.integers(0, 12),
+    rank=st.integers(1, 3),
+    lr=st.sampled_from([1e-3, 1e-2]),
+    eps=st.sampled_from([1e-10, 1e-4]),
+    beta1=st.sampled_from([0.0, 0.5]),
+    optimizer=st.sampled_from(["adam", "sgd"]),
+    grad_steps=st.integers(1, 2),
+    seed=st.integers(0, 3),
+    group_documents=st.integers(1, 4),
+    sites=st.sampled_from(
+        [("q", "k", "v", "o", "mlp", "head"), ("head",), ("k", "mlp"), ("q", "v", "o")]
+    ),
+)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    adaptation=SETTINGS,
+    lengths=st.lists(st.integers(1, 21), min_size=1, max_size=4),
+    last=st.integers(0, 21),
+)
+def test_equals_a_plain_twin(adaptation: AdaptationConfig, lengths: list[int], last: int) -> None:
+    tokens = stream([*lengths, last])
+    scores = run(tokens, adaptation, model=EXACT)
+    assert sorted(scores) == list(range(len(lengths) + 1))
+    for document in documents_of(tokens):
+        ids = torch.from_numpy(tokens[document.start : document.end].astype(np.int64))
+        expected = plain_document(ids, document.index, adaptation)
+        got = _losses_of(scores[document.index])
+        assert len(got) == len(expected) == document.num_predictions
+        np.testing.assert_allclose(got, expected, rtol=0, atol=5e-6)
+
+
+def test_adaptation_does_something_and_learns() -> None:
+    rng = np.random.default_rng(0)
+    tokens = np.tile(rng.integers(4, VOCAB_SIZE, 8), 10).astype(np.uint16)
+    tokens[0] = 1
+    still = losses(tokens, dataclasses.replace(ADAPTATION, sites=()))[0]
+    moving = losses(tokens, ADAPTATION)[0]
+    np.testing.assert_allclose(moving[:4], still[:4], atol=1e-5)
+    assert moving[40:].mean() < still[40:].mean() - 0.1
+
+
+# The result belongs to the document ----------------------------------------------------------
+
+MIXED = stream([9, 1, 23, 2, 12, 12, 5, 40, 3, 17, 4, 8, 0])
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 64])
+def test_packing_has_no_effect(group_size: int) -> None:
+    base = run(MIXED, ADAPTATION)
+    other = run(MIXED, dataclasses.replace(ADAPTATION, group_documents=group_size))
+    assert other.keys() == base.keys() == set(range(13))
+    for index, score in base.items():
+        assert other[index].nats == pytest.approx(score.nats, abs=1e-6 * max(1, score.tokens))
+        assert (other[index].tokens, other[index].num_bytes) == (score.tokens, score.num_bytes)
+
+
+def test_order_of_documents_changes_no_bit() -> None:
+    documents = documents_of(MIXED)
+    base = run(MIXED, ADAPTATION)
+    shuffled = [documents[i] for i in np.random.default_rng(1).permutation(len(documents))]
+    again = run(MIXED, ADAPTATION, tuple(shuffled))
+    assert {i: s.nats for i, s in again.items()} == {i: s.nats for i, s in base.items()}
+
+
+def test_a_sample_scores_as_in_the_whole_set() -> None:
+    base = run(MIXED, ADAPTATION)
+    some = tuple(d for d in documents_of(MIXED) if d.index in (2, 6, 7, 11))
+    for index, score in run(MIXED, ADAPTATION, some).items():
+        assert score.nats == pytest.approx(base[index].nats, abs=1e-6 * max(1, score.tokens))
+
+
+def test_groups_one_by_one_are_the_whole_bit_for_bit() -> None:
+    base = run(MIXED, ADAPTATION)
+    groups = group_documents(documents_of(MIXED), ADAPTATION)
+    for members in reversed(groups):
+        engine = GroupEngine(MODEL, MIXED, members, ADAPTATION, tables=TABLES)
+        for score in engine.run():
+            assert score.nats == base[score.index].nats
+
+
+def test_equal_documents_differ_by_their_index_alone() -> None:
+    text = stream([30])
+    tokens = np.concatenate([text, text, text[:1]])
+    scores = losses(tokens, ADAPTATION)
+    assert len(scores[0]) == len(scores[1]) == 31
+    assert np.array_equal(scores[0][:4], scores[1][:4])
+    assert not np.array_equal(scores[0][8:], scores[1][8:])
+
+
+def test_the_seed_decides_a() -> None:
+    base, other = (run(MIXED, dataclasses.replace(ADAPTATION, seed=s))[7].nats for s in (0, 1))
+    assert base != other
+
+
+_SCRIPT = """
+import torch
+torch.set_num_threads(1)
+from test_adaptation_engine import ADAPTATION, MIXED, run
+print(*(f"{i}:{s.nats.hex()}" for i, s in sorted(run(MIXED, ADAPTATION).items())))
+"""
+
+
+def test_another_process_gives_the_same_bits() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        here = run(MIXED, ADAPTATION)
+        again = run(MIXED, ADAPTATION)
+    finally:
+        torch.set_num_threads(threads)
+    expected = " ".join(f"{i}:{s.nats.hex()}" for i, s in sorted(here.items()))
+    assert expected == " ".join(f"{i}:{s.nats.hex()}" for i, s in sorted(again.items()))
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, check=True, cwd=tests,
+        env={"PYTHONPATH": f"{tests.parent}:{tests}", "PATH": ""},
+    )  # fmt: skip
+    assert done.stdout.strip() == expected
+
+
+def test_the_models_own_weights_stay_as_they_are() -> None:
+    model = small_model()
+    flags = {name: i % 2 == 0 for i, name in enumerate(model.tensors())}
+    for name, tensor in model.tensors().items():
+        tensor.requires_grad_(flags[name])
+    before = {name: tensor.clone() for name, tensor in model.tensors().items()}
+    run(MIXED, ADAPTATION, model=model)
+    for name, tensor in model.tensors().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.grad is None and tensor.requires_grad == flags[name]
+
+
+# Small and long documents ----------------------------------------------------------------------
+
+
+def test_documents_of_one_and_two_tokens() -> None:
+    tokens = np.array([1, 1, 9, 1, 1], dtype=np.uint16)
+    scores = run(tokens, ADAPTATION)
+    assert [scores[i].tokens for i in range(4)] == [1, 2, 1, 0]
+    assert (scores[3].nats, scores[3].num_bytes, scores[3].trace) == (0.0, 0, ())
+    assert [len(scores[i].trace) for i in range(4)] == [1, 1, 1, 0]
+    # The next BOS is predicted, and stands for no byte.
+    assert [scores[i].num_bytes for i in range(4)] == [0, int(TABLES.base_bytes[9]), 0, 0]
+
+
+def test_nothing_but_a_bos() -> None:
+    scores = run(np.array([1], dtype=np.uint16), ADAPTATION)
+    assert len(scores) == 1 and scores[0].tokens == 0
+
+
+def test_a_document_much_longer_than_the_others() -> None:
+    tokens = stream([6, 700, 3])
+    scores = run(tokens, ADAPTATION)
+    assert scores[1].tokens == 700 and len(scores[1].trace) == 175
+    assert np.isfinite(_losses_of(scores[1])).all()
+    alone = run(tokens, ADAPTATION, documents_of(tokens)[1:2])
+    assert scores[1].nats == pytest.approx(alone[1].nats, rel=1e-6)
+
+
+def test_sums_are_exact_and_bytes_follow_the_previous_token() -> None:
+    for index, score in run(MIXED, ADAPTATION).items():
+        document = documents_of(MIXED)[index]
+        ids = MIXED[document.start : document.end]
+        assert score.num_bytes == int(TABLES.count(ids[:-1], ids[1:]).sum())
+        assert score.nats == pytest.approx(float(_losses_of(score).astype(np.float64).sum()))
+
+
+# Score before update ---------------------------------------------------------------------------
+
+
+def check_trace(scores: dict[int, DocumentScore], adaptation: AdaptationConfig) -> None:
+    """Every chunk once and in order, scored before its update, no update after the last."""
+    for score in scores.values():
+        chunks = -(-score.tokens // adaptation.chunk_size)
+        assert [event.chunk for event in score.trace] == list(range(chunks))
+        times = []
+        for event in score.trace[:-1]:
+            assert event.updated_at is not None
+            times += [event.scored_at, event.updated_at]
+        if score.trace:
+            assert score.trace[-1].updated_at is None
+            times.append(score.trace[-1].scored_at)
+        assert all(a < b for a, b in zip(times, times[1:], strict=False))
+
+
+@pytest.mark.parametrize("grad_steps", [1, 3])
+def test_the_trace_shows_score_before_update(grad_steps: int) -> None:
+    adaptation = dataclasses.replace(ADAPTATION, grad_steps=grad_steps, group_documents=64)
+    scores = run(MIXED, adaptation)
+    check_trace(scores, adaptation)
+    events = [e for s in scores.values() for e in s.trace]
+    times = [e.scored_at for e in events] + [
+        e.updated_at for e in events if e.updated_at is not None
+    ]
+    # One count for the whole group, no number used twice.
+    assert sorted(times) == list(range(len(times)))
+
+
+def check_nothing_leaks(run_losses: Run) -> None:
+    """Later tokens and other documents change no bit of a score; the changed ones do change."""
+    tokens = MIXED
+    base = run_losses(tokens, ADAPTATION)
+    documents = documents_of(tokens)
+    for place, document in enumerate(documents):
+        n = document.num_predictions
+        for first in sorted({1, n // 2, n - 1} & set(range(1, n))):
+            changed = changed_tail(tokens, document.start + first, seed=place, end=document.end)
+            after = run_losses(changed, ADAPTATION)
+            for index in base:
+                same = after[index] == base[index]
+                if index != document.index:
+                    assert same.all(), f"document {document.index} reached document {index}"
+                else:
+                    assert same[: first - 1].all(), "a later token reached an earlier score"
+                    assert not same[first - 1 :].all()
+
+
+def check_tail(run_losses: Run) -> None:
+    """The same with everything after one place changed at once, other documents included."""
+    base = run_losses(MIXED, ADAPTATION)
+    for first in range(2, len(MIXED), 11):
+        after = run_losses(changed_tail(MIXED, first, seed=first), ADAPTATION)
+        for document in documents_of(MIXED):
+            kept = max(0, first - document.start - 1)
+            before, now = base[document.index], after[document.index]
+            assert np.array_equal(before[:kept], now[:kept]), (first, document.index)
+
+
+def test_nothing_leaks() -> None:
+    check_nothing_leaks(losses)
+
+
+def test_no_tail_leaks() -> None:
+    check_tail(losses)
+
+
+class Peeking(GroupEngine):
+    """Learns from a chunk, then scores it."""
+
+    def learn(self, rows: slice, number: int) -> None:
+        self.update(rows, self.losses(rows, number))
+        super().learn(rows, number)
+
+
+class CarryingOver(GroupEngine):
+    """Starts each group with the adapters that the group before it ended with."""
+
+    left: Tensor | None = None
+
+    def run(self):  # type: ignore[no-untyped-def]
+        left = type(self).left
+        if left is not None:
+            rows = min(len(left), len(self.bank.p_NP))
+            self.bank.p_NP[:rows] = left[:rows]
+        yield from super().run()
+        type(self).left = self.bank.p_NP.clone()
+
+
+class Sharing(GroupEngine):
+    """Learns from the neighbours' chunks as well."""
+
+    def update(self, rows: slice, losses_T: Tensor) -> None:
+        super().update(rows, losses_T)
+        self.bank.p_NP[rows] = self.bank.p_NP[rows].mean(0, keepdim=True)
+
+
+class SharingMoments(GroupEngine):
+    """Keeps one second moment for all documents of a group."""
+
+    def update(self, rows: slice, losses_T: Tensor) -> None:
+        super().update(rows, losses_T)
+        assert self.optimizer.second_NP is not None
+        self.optimizer.second_NP[:] = self.optimizer.second_NP.mean(0, keepdim=True)
+
+
+class WindowTooFar(GroupEngine):
+    """Has learnt the next chunk's tokens before it scores them."""
+
+    def learn(self, rows: slice, number: int) -> None:
+        super().learn(rows, number)
+        ahead = [i for i in range(rows.stop) if self.chunks[i] > number + 2]
+        if ahead:
+            rows = slice(0, len(ahead))
+            self.update(rows, self.losses(rows, number + 1))
+
+
+def _losses_by(engine: type[GroupEngine]) -> Run:
+    def run_losses(tokens: Tokens, adaptation: AdaptationConfig) -> dict[int, NDArray[np.float32]]:
+        if issubclass(engine, CarryingOver):
+            engine.left = None
+        scores = {}
+        for members in group_documents(documents_of(tokens), adaptation):
+            run_one = engine(
+                MODEL, tokens, members, adaptation, tables=TABLES, keep_token_nats=True
+            )
+            scores.update({s.index: _losses_of(s) for s in run_one.run()})
+        return scores
+
+    return run_losses
+
+
+@pytest.mark.parametrize("cheat", [Peeking, CarryingOver, Sharing, SharingMoments, WindowTooFar])
+def test_a_cheating_engine_is_caught(cheat: type[GroupEngine]) -> None:
+    with pytest.raises(AssertionError, match="reached"):
+        check_nothing_leaks(_losses_by(cheat))
+
+
+def test_the_check_itself_passes_an_honest_engine() -> None:
+    tokens = MIXED
+    honest = _losses_by(GroupEngine)(tokens, ADAPTATION)
+    for index, values in losses(tokens, ADAPTATION).items():
+        assert np.array_equal(values, honest[index])
+
+
+def test_an_update_before_its_score_shows_in_the_trace() -> None:
+    class Late(GroupEngine):
+        def learn(self, rows: slice, number: int) -> None:
+            for resident in self.residents[rows]:
+                resident.trace.append(
+                    dataclasses.replace(_EVENT, chunk=number, updated_at=next(self._clock))
+                )
+            super().learn(rows, number)
+
+    _EVENT = run(MIXED, ADAPTATION)[0].trace[0]
+    engine = Late(MODEL, MIXED, documents_of(MIXED)[:1], ADAPTATION, tables=TABLES)
+    with pytest.raises(AssertionError):
+        check_trace({s.index: s for s in engine.run()}, ADAPTATION)
