@@ -135,7 +135,11 @@ def _joined(address: str) -> Iterator[Cluster]:
 
 def _init(**arguments: Any) -> None:
     import ray
+    from ray._private import worker
     from ray.job_config import JobConfig
+
+    # `log_to_driver` leaves the raylet's notices, which would go to standard output.
+    worker._worker_logs_enabled = False
 
     # Workers of a source checkout find the package where the driver found it.
     root = str(Path(__file__).resolve().parent.parent)

@@ -15,7 +15,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -216,7 +216,26 @@ def _library(distribution: str, module: str, purpose: str) -> Finding:
 
 
 def _cluster(address: str) -> Iterator[Finding]:
-    yield Finding(name="cluster", status="absent", detail=f"{address}: not looked at yet")
+    """The nodes of a running cluster; joined for as long as this takes."""
+    from golf_ray.cluster import connect
+    from golf_ray.resources import cluster_nodes
+
+    try:
+        with connect(address) as cluster:
+            nodes = cluster_nodes()
+    except GolfRayError as error:
+        yield Finding(name="cluster", status="missing", detail=error.problem, remedy=error.remedy)
+        return
+    total = {kind: sum(n.resources.get(kind, 0.0) for n in nodes) for kind in ("CPU", "GPU")}
+    yield Finding(
+        name="cluster",
+        status="ok",
+        detail=f"{cluster.address}: {len(nodes)} node{'s'[: len(nodes) != 1]}, "
+        f"{total['CPU']:g} CPUs, {total['GPU']:g} GPUs",
+    )
+    for node in nodes:
+        cpus, gpus = (node.resources.get(kind, 0.0) for kind in ("CPU", "GPU"))
+        yield Finding(name="node", status="ok", detail=f"{node.name}: {cpus:g} CPUs, {gpus:g} GPUs")
 
 
 # Data and disk ----------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def test_a_carried_configuration_that_is_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["eval", "no/such.pt", *UPSTREAM], "there is no checkpoint no/such.pt"),
+        (["eval", "no/such.pt", *UPSTREAM], "no/such.pt"),
         (["eval", "no/such.ptz", *UPSTREAM], "no/such.ptz cannot be read"),
         (["eval", FULL, *CONFIG, "no-data"], "no tokenizer no-data/tokenizers/"),
         (["eval", FULL, *UPSTREAM, "--method", "ttt", "--adapter-init", "a.npz"], "a.npz cannot"),

@@ -173,6 +173,24 @@ def test_quantize_then_eval_is_eval_with_quantize(own: Path, tmp_path: Path) -> 
     assert gone["val_loss_nats"] == scored["val_loss_nats"]
 
 
+def test_an_artifact_is_known_by_its_content_too(own: Path, tmp_path: Path) -> None:
+    for name, compressor in (("a.bin", "brotli"), ("b", "lzma")):
+        out = tmp_path / name
+        argv = ["--out", out, "--set", f"quantization.compressor={compressor}"]
+        assert golf_ray("quantize", own, *argv).status == 0
+        assert golf_ray("eval", out, "--json").json["weights"] == "int6"
+    renamed = tmp_path / "weights"
+    shutil.copyfile(own, renamed)
+    assert golf_ray("eval", renamed, "--json").json["weights"] == "full"
+
+
+def test_what_cannot_be_scored_is_found_out_before_quantising(own: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "a.ptz"
+    argv = ["--quantize", "--artifact", kept, "--method", "ttt", "--adapter-init", "no.npz"]
+    done = golf_ray("eval", own, *argv)
+    assert done.status == 1 and "no.npz" in done.error and not kept.exists()
+
+
 def test_a_plain_artifact_is_a_public_one(own: Path, tmp_path: Path) -> None:
     carrying, plain = tmp_path / "a.ptz", tmp_path / "b.ptz"
     assert golf_ray("quantize", own, "--out", carrying).status == 0

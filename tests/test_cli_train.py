@@ -17,11 +17,13 @@ from cli_runner import TINY, golf_ray, subprocess_environment
 from golf_ray.model.checkpoint import read_state
 from golf_ray.presets import TINY as TINY_PRESET
 
-STEPS = 12
+STEPS = 8
+TOKENS = 512
 RUN = (
     "train", "--preset", "tiny", "--data-dir", TINY, "--in-process",
     "--set", f"train.iterations={STEPS}", "--set", "train.checkpoint_every_steps=2",
     "--set", "train.log_every_steps=3", "--set", "train.val_every_steps=6",
+    "--set", f"train.batch_tokens={TOKENS}", "--set", "train.micro_batches=2",
 )  # fmt: skip
 
 
@@ -41,8 +43,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = golf_ray(*RUN, "--run-dir", run, "--json")
     assert done.status == 0 and not done.err
     report = done.json
-    assert report["run_dir"] == str(run) and report["checkpoint"] == str(run / "final_model.pt")
-    assert report["steps"] == STEPS and report["tokens"] == STEPS * 2048
+    assert report["run_dir"] == str(run) and report["final_model"] == str(run / "final_model.pt")
+    assert report["steps"] == STEPS and report["tokens"] == STEPS * TOKENS
     assert report["resumed_from_step"] == 0 and 4 < report["train_loss_nats"] < 7
     return run
 
@@ -64,10 +66,10 @@ def test_the_run_folder(whole: Path) -> None:
         "checkpoints", "config.json", "final_model.pt", "intervals.jsonl", "result.json"
     ]  # fmt: skip
     assert [p.name for p in sorted((whole / "checkpoints").iterdir())] == [
-        "step_00000010", "step_00000012"
+        "step_00000006", "step_00000008"
     ]  # fmt: skip
-    assert [row["step"] for row in records(whole)] == [3, 6, 9, 12]
-    assert [row["val_bpb"] is not None for row in records(whole)] == [False, True, False, True]
+    assert [row["step"] for row in records(whole)] == [3, 6, 8]
+    assert [row["val_bpb"] is not None for row in records(whole)] == [False, True, True]
     _, config = read_state(whole / "final_model.pt")
     assert config is not None and config.train.iterations == STEPS
     assert config.model == TINY_PRESET.model
@@ -80,7 +82,7 @@ def test_its_result_can_be_scored_at_once(whole: Path) -> None:
     assert data["tokens_scored"] == 832 and data["weights"] == "full"
 
 
-@pytest.mark.parametrize("after_step", [3, 7])
+@pytest.mark.parametrize("after_step", [2, 5])
 def test_killed_and_resumed_ends_with_the_same_bits(
     whole: Path, tmp_path: Path, after_step: int
 ) -> None:
@@ -116,16 +118,16 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
 
 def test_leftovers_of_a_crash_are_no_checkpoints(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert golf_ray(*RUN, "--run-dir", run, "--set", "train.iterations=12").status == 0
+    assert golf_ray(*RUN, "--run-dir", run, "--set", "train.iterations=8").status == 0
     # As if it had been killed while it wrote its last checkpoint and a record.
-    last = run / "checkpoints" / "step_00000012"
-    last.rename(run / "checkpoints" / ".step_00000012.tmp")
+    last = run / "checkpoints" / "step_00000008"
+    last.rename(run / "checkpoints" / ".step_00000008.tmp")
     (run / "final_model.pt").unlink()
     (run / "result.json").unlink()
     with open(run / "intervals.jsonl", "a") as file:
-        file.write('{"step": 12, "torn')
+        file.write('{"step": 8, "torn')
     done = golf_ray("train", "--run-dir", run, "--resume", "--in-process", "--json")
-    assert done.json["resumed_from_step"] == 10
+    assert done.json["resumed_from_step"] == 6
     assert weights_equal(whole / "final_model.pt", run / "final_model.pt")
     assert records(run) == records(whole)
     assert not list((run / "checkpoints").glob(".*"))
@@ -147,6 +149,18 @@ def test_a_run_that_has_no_checkpoint_yet_begins_anew(whole: Path, tmp_path: Pat
     assert weights_equal(whole / "final_model.pt", run / "final_model.pt")
 
 
+def test_a_runs_folder_runs_no_code_of_its_own(whole: Path, tmp_path: Path) -> None:
+    run, marker, part = tmp_path / "run", tmp_path / "ran", tmp_path / "part.py"
+    part.write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
+    config = json.loads((whole / "config.json").read_text())
+    config["model"]["parts"] = [f"{part}:PART"]
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(config))
+    done = golf_ray("train", "--run-dir", run, "--resume", "--in-process")
+    assert done.status == 1 and f"asks to run code from '{part}:PART'" in done.error
+    assert not marker.exists()
+
+
 def test_resuming_under_another_configuration_is_refused(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert golf_ray(*RUN, "--run-dir", run, "--set", "train.iterations=2").status == 0
@@ -154,7 +168,7 @@ def test_resuming_under_another_configuration_is_refused(whole: Path, tmp_path: 
     done = golf_ray(
         "train", "--run-dir", run, "--resume", "--in-process", "--set", "train.muon_lr=0.5"
     )
-    assert done.status == 1 and "train.muon_lr = 0.022 there, 0.5 here" in done.error
+    assert done.status == 1 and "was begun with train.muon_lr = 0.022, not 0.5" in done.error
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -111,19 +112,40 @@ def test_manifest_tells_all(folder: Path, tmp_path: Path) -> None:
             assert shard["tokens"] == len(open_shard(path))
 
 
-@pytest.mark.parametrize("val", [{"val_documents": 5}, {"val_fraction": 0.3}])
 def test_any_number_of_workers_gives_the_same_files(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val: dict[str, Any]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "BYTES_PER_WORKER", 1)
     monkeypatch.setattr(encode, "BATCH_CHARS", 2000)
-    results = []
-    for workers in (1, 2) if "val_documents" in val else (1, 1):
-        out = tmp_path / f"out{len(results)}"
-        build_dataset([folder], out, vocab_size=300, workers=workers, shard_tokens=1500, **val)
-        results.append(tree(out))
-    assert results[0] == results[1]
-    assert len(results[0]) > 4
+    options = {"vocab_size": 300, "shard_tokens": 1500, "val_documents": 5}
+    build_dataset([folder], tmp_path / "one", workers=1, **options)
+
+    def not_here(*args: Any) -> Any:
+        raise AssertionError("two workers must not tokenise in this process")
+
+    monkeypatch.setattr(encode, "encode_batch", not_here)
+    build_dataset([folder], tmp_path / "two", workers=2, **options)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert len(tree(tmp_path / "one")) > 4
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_dies_ends_the_build(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(encode, "BATCH_CHARS", 200)
+
+    def end_workers(stage: str, done: int, total: int) -> None:
+        if stage == "tokenize":
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    with pytest.raises(DataError, match="ended from outside") as caught:
+        build_dataset([folder], tmp_path / "out", vocab_size=300, workers=2, progress=end_workers)
+    one_line(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert multiprocessing.active_children() == []
 
 
 def test_shards_are_of_equal_size_and_carry_documents_on(folder: Path, tmp_path: Path) -> None:

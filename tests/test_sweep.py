@@ -103,7 +103,7 @@ def test_trials_share_trainings(num_trials: int, evals_per_training: int) -> Non
     points = []
     for number in range(num_trials):
         point = search.suggest(f"t{number}")
-        assert point is not None and point.pop(TRIAL_KEY) == number
+        assert point is not None and point.pop(TRIAL_KEY) == number + 1
         points.append(point)
         value = (point["train.warmdown_frac"] - 0.7) ** 2 + point["adaptation.chunk_size"]
         search.on_trial_complete(f"t{number}", {"ttt_bpb": value})

@@ -276,7 +276,8 @@ class _Fit:
 
     def _call(self) -> None:
         try:
-            self._returned = self._trainer().fit().return_value
+            result: Any = self._trainer().fit()
+            self._returned = result.return_value
         except BaseException as error:
             self._error = error
 
@@ -309,7 +310,8 @@ class _Fit:
                     controller_failure_limit=cluster.max_failures,
                 ),
                 checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
-                callbacks=[
+                # Ray lets its own kind of callback in here as well.
+                callbacks=[  # type: ignore[list-item]
                     RunWatch(self._job.run_key, self._record.attempts_before, self._silence_s())
                 ],
                 logging_config=LoggingConfig(log_level="ERROR"),

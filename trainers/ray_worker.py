@@ -33,6 +33,7 @@ from ray.train.torch import get_device
 
 from golf_ray.config import Config
 from golf_ray.errors import ClusterError, TrainingFailed
+from golf_ray.optim import world as world_module
 from golf_ray.optim.world import World
 from trainers.local import CHECKPOINTS, checkpoint_name, write_checkpoint
 from trainers.loop import TrainingRun
@@ -308,9 +309,10 @@ def _already_there(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Che
 def _standing(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is in this code, and whether it waits for other workers there."""
     stack = traceback.extract_stack(frame) if frame is not None else []
-    waiting = any("torch/distributed" in entry.filename for entry in stack)
-    own = [e for e in stack if Path(e.filename).parent.parent.name != "site-packages"]
-    mine = [e for e in own if {"golf_ray", "trainers"} & set(Path(e.filename).parts)]
-    last = (mine or stack)[-1] if stack else None
-    where = f"{Path(last.filename).name}:{last.lineno} {last.name}" if last else "unknown"
-    return where, waiting
+    root = Path(__file__).parent.parent
+    mine = [e for e in stack if Path(e.filename).is_relative_to(root)]
+    if not mine:
+        return "unknown", False
+    last = mine[-1]
+    waiting = any(Path(e.filename) == Path(world_module.__file__) for e in mine)
+    return f"{Path(last.filename).relative_to(root)}:{last.lineno} in {last.name}", waiting

@@ -115,10 +115,10 @@ class RunRecord:
             values = {**message["record"], "attempt": message["attempt"]}
             self.intervals.append(values)
             return
+        self.events.append(message)
         if kind == "began":
             self._began(message)
-        self.events.append(message)
-        if kind == "stuck":
+        elif kind == "stuck":
             self._stuck.append(message)
         elif kind in ("failure", "start_failed"):
             self._failed(message)
@@ -134,7 +134,8 @@ class RunRecord:
 
     def reason(self, failure: Message) -> str:
         """Why an attempt failed, in one line: a worker that said where it stood knows best."""
-        mine = [s for s in self._stuck if s["attempt"] == failure["attempt"]]
+        # What ends itself later does so because it waited for the one that failed.
+        mine = [s for s in self._stuck if s["unix_s"] <= failure["unix_s"]]
         if not mine:
             return str(failure["reason"])
         stuck = min(mine, key=lambda s: (s["waiting"], s["rank"]))
@@ -175,6 +176,7 @@ class RunRecord:
                 seconds=message["unix_s"] - self._failure["unix_s"],
             )
             self._failure = None
+            self._stuck.clear()
             self.restarts.append(restart)
             self.event("restarted", **dataclasses.asdict(restart))
             self._tell(None, restart.describe())

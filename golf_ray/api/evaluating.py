@@ -16,6 +16,7 @@ from golf_ray.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
 
     from evaluators.packed import Progress
@@ -44,7 +45,7 @@ class Evaluation:
 
     def to_dict(self, *, per_document: bool = False) -> dict[str, Any]:
         """Plain data for JSON."""
-        data = {"checkpoint": str(self.checkpoint)}
+        data: dict[str, Any] = {"checkpoint": str(self.checkpoint)}
         data.update(self.result.to_dict(per_document=per_document))
         data.update({"device": self.device, "workers": self.workers})
         if self.sizes is not None:
@@ -87,15 +88,15 @@ def evaluate(
     config = config_for(weights, config, force=force)
     if adapter_init is not None and method != "ttt":
         raise UsageError(f"adapters have no part in '{method}' evaluation", "use --method ttt")
+    # What cannot be scored is found out before minutes of quantisation.
+    job = _job(config, method, adapter_init, workers, address, progress)
     if not quantize_first:
-        return _evaluate_weights(weights, config, method, adapter_init, workers, address, progress)
+        return _score(weights, job)
     with tempfile.TemporaryDirectory(prefix="golf-ray-") as folder:
         kept = None if artifact is None else Path(artifact)
         target = kept or Path(folder) / default_artifact(weights.path).name
         made = quantize(weights, config, out=target, force=force, progress=quantize_progress)
-        scored = _evaluate_weights(
-            open_weights(target), config, method, adapter_init, workers, address, progress
-        )
+        scored = _score(open_weights(target), job)
     made = dataclasses.replace(made, artifact=kept)
     return dataclasses.replace(scored, checkpoint=weights.path, quantization=made)
 
@@ -114,47 +115,78 @@ def validation_stream(config: Config) -> tuple[NDArray[np.uint16], ByteTables]:
     return load_tokens(find_shards(config.data, vocab_size, "val"), vocab_size), tables
 
 
-def _evaluate_weights(
-    weights: StoredWeights,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """What to score, on what and how; all but the weights."""
+
+    config: Config
+    method: Method
+    tokens: NDArray[np.uint16]
+    tables: ByteTables
+    adapters: AdapterInit | None
+    device: torch.device
+    workers: int | None
+    address: str | None
+    progress: Progress | None
+
+
+def _job(
     config: Config,
     method: Method,
     adapter_init: str | Path | None,
     workers: int | None,
     address: str | None,
     progress: Progress | None,
-) -> Evaluation:
-    from evaluators.result import evaluate as evaluate_here
-    from golf_ray.model.checkpoint import build_model
-    from golf_ray.quantization.sizes import sizes_of
-    from trainers.loop import compute_dtype
-
+) -> _Job:
     tokens, tables = validation_stream(config)
-    state = weights.state(config.model)
-    device = pick_device(config)
-    adapters = None if adapter_init is None else _read_adapters(Path(adapter_init), config)
-    assert workers is None
-    with cpu_threads(config.evaluation.threads):
-        model = build_model(
-            config.model, state, device=device, compute_dtype=compute_dtype(config, device)
-        )
-        result = evaluate_here(
-            model,
-            config,
-            method,
-            tokens=tokens,
-            tables=tables,
-            weights=weights.kind,
-            adapter_init=adapters,
-            progress=progress,
-        )
+    return _Job(
+        config=config,
+        method=method,
+        tokens=tokens,
+        tables=tables,
+        adapters=None if adapter_init is None else _read_adapters(Path(adapter_init), config),
+        device=pick_device(config),
+        workers=workers,
+        address=address,
+        progress=progress,
+    )
+
+
+def _score(weights: StoredWeights, job: _Job) -> Evaluation:
+    from golf_ray.quantization.sizes import sizes_of
+
     size = weights.model_bytes
     return Evaluation(
         checkpoint=weights.path,
-        result=result,
-        device=device.type,
-        workers=workers,
-        sizes=None if size is None else sizes_of(size, config),
+        result=_score_here(weights, job),
+        device=job.device.type,
+        workers=job.workers,
+        sizes=None if size is None else sizes_of(size, job.config),
     )
+
+
+def _score_here(weights: StoredWeights, job: _Job) -> EvaluationResult:
+    from evaluators.result import evaluate as evaluate_here
+    from golf_ray.model.checkpoint import build_model
+    from trainers.loop import compute_dtype
+
+    model = job.config.model
+    with cpu_threads(job.config.evaluation.threads):
+        return evaluate_here(
+            build_model(
+                model,
+                weights.state(model),
+                device=job.device,
+                compute_dtype=compute_dtype(job.config, job.device),
+            ),
+            job.config,
+            job.method,
+            tokens=job.tokens,
+            tables=job.tables,
+            weights=weights.kind,
+            adapter_init=job.adapters,
+            progress=job.progress,
+        )
 
 
 def _read_adapters(path: Path, config: Config) -> AdapterInit:

@@ -12,6 +12,7 @@ from golf_ray.api.machine import cpu_threads, pick_device
 from golf_ray.api.weights import StoredWeights, config_for, opened
 from golf_ray.config import Config
 from golf_ray.errors import UsageError
+from golf_ray.records import make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,6 +93,8 @@ def quantize(
         raise UsageError(f"the artifact would replace its checkpoint {target}", "choose another")
     code_bytes = None if code is None else measure_code(Path(code))
     state = weights.state(config.model)
+    # A folder that cannot be written is found out before minutes of work.
+    make_folder(target.parent)
     tell = progress or _nobody
     with cpu_threads(config.evaluation.threads):
         quantized, report = quantize_checkpoint(

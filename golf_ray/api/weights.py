@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FINAL_FILE = "final_model.pt"
-_XZ_MAGIC = b"\xfd7zXZ\x00"
 _INITIAL_ONLY = frozenset({"qk_gain_init", "tied_embed_init_std"})
 """Fields of a model that say nothing about one that is trained."""
 
@@ -82,17 +81,19 @@ def open_weights(path: str | Path) -> StoredWeights:
 
 
 def _is_artifact(path: Path) -> bool:
-    if path.suffix == ".ptz":
-        return True
+    """By name where the name says it; else what is neither zip nor pickle may be compressed."""
+    if path.suffix in (".ptz", ".pt", ".pth"):
+        return path.suffix == ".ptz"
     try:
         with open(path, "rb") as file:
-            return file.read(len(_XZ_MAGIC)) == _XZ_MAGIC
+            head = file.read(2)
     except OSError:
         # Reading it as a checkpoint says what is wrong.
         return False
+    return head != b"PK" and head[:1] != b"\x80"
 
 
-def require_trusted(config: Config, path: Path) -> None:
+def require_trusted(config: Config, path: str | Path) -> None:
     """See that a configuration out of a file asks for no code but this package's.
 
     Raises:

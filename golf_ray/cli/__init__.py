@@ -16,7 +16,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from golf_ray.errors import GolfRayError
 
@@ -62,7 +62,7 @@ def _invoke(argv: list[str]) -> int:
     from golf_ray.cli.app import command
 
     # The class that every error of parsing has; typer brings it from one place or another.
-    parsing_error = typer.BadParameter.__mro__[2]
+    parsing_error: Any = typer.BadParameter.__mro__[2]
     verb = command()
     try:
         with verb.make_context("golf-ray", argv) as context:

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from golf_ray.cli import config, data, doctor, evaluate, quantize, train
+from golf_ray.cli import config, data, doctor, evaluate, quantize, quickstart, train
 from golf_ray.cli.frame import NO_VALUE, SETTINGS, Verbs, add_verb, examples, make_group, paragraphs
 from golf_ray.cli.options import Debug
 
 EXAMPLES = examples(
-    "golf-ray doctor",
+    "golf-ray quickstart",
     "golf-ray data build ~/texts --vocab-size 1024",
     "golf-ray train --preset laptop --run-dir runs/first",
     "golf-ray eval runs/first --method ttt --quantize",
@@ -26,6 +26,7 @@ def application() -> typer.Typer:
     """All verbs."""
     app = make_group("")
     app.callback(cls=Verbs, help=paragraphs(frame), epilog=EXAMPLES)(frame)
+    add_verb(app, "quickstart", quickstart.quickstart, quickstart.EXAMPLES)
     app.add_typer(data.group(), name="data")
     add_verb(app, "train", train.train, train.EXAMPLES)
     add_verb(app, "quantize", quantize.quantize, quantize.EXAMPLES)

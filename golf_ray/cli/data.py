@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,19 +12,30 @@ import typer
 from golf_ray.cli.frame import NO_VALUE, add_verb, examples, make_group
 from golf_ray.cli.options import AsJson, Debug
 from golf_ray.cli.output import count, duration, print_json, print_report, progress_bar
+from golf_ray.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from golf_ray.data.build import SplitCounts
+    from golf_ray.data.verify import SplitReport, VerifyReport
 
 EXAMPLES = examples(
     "golf-ray data build ~/texts --vocab-size 1024",
-    "golf-ray data fetch --variant sp8192 --train-shards 10",
-    "golf-ray data verify --data-dir data",
+    "golf-ray data fetch --repo OWNER/NAME --variant sp8192 --train-shards 10",
+    "golf-ray data verify",
 )
 BUILD_EXAMPLES = examples(
     "golf-ray data build ~/texts --vocab-size 1024",
     "golf-ray data build web.parquet --text-column body --val-documents 500",
     "golf-ray data build more.jsonl --tokenizer fineweb_1024_bpe.model",
+)
+
+FETCH_EXAMPLES = examples(
+    "golf-ray data fetch --repo OWNER/NAME --variant sp8192 --train-shards 10",
+    "golf-ray data fetch --repo OWNER/NAME --data-dir /mnt/data --json",
+)
+VERIFY_EXAMPLES = examples(
+    "golf-ray data verify",
+    "golf-ray data verify --vocab-size 1024 --data-dir /mnt/data --json",
 )
 
 _STAGES = {
@@ -46,6 +57,8 @@ def group() -> typer.Typer:
     """The verb with its own verbs."""
     app = make_group("Build, fetch and verify data: tokenizer and token shards.", EXAMPLES)
     add_verb(app, "build", build, BUILD_EXAMPLES)
+    add_verb(app, "fetch", fetch, FETCH_EXAMPLES)
+    add_verb(app, "verify", verify, VERIFY_EXAMPLES)
     return app
 
 
@@ -94,8 +107,7 @@ def build(
 
     A text file is one document, a line of a .jsonl file and a row of a .parquet file are one each.
     """
-    import time
-
+    from golf_ray.api import cpu_count
     from golf_ray.data.build import build_dataset
 
     began_s = time.perf_counter()
@@ -109,7 +121,7 @@ def build(
             sources,
             data_dir,
             tokenizer=tokenizer,
-            workers=workers or _cores(),
+            workers=workers or cpu_count(),
             overwrite=overwrite,
             progress=told,
             vocab_size=vocab_size,
@@ -122,9 +134,7 @@ def build(
         )
     seconds = time.perf_counter() - began_s
     if as_json:
-        data: dict[str, Any] = dataclasses.asdict(made)
-        data["dataset_dir"], data["tokenizer"] = str(made.dataset_dir), str(made.tokenizer)
-        print_json({**data, "seconds": seconds})
+        print_json({**_plain(made), "seconds": seconds})
         return
     skipped = ", ".join(f"{n} {reason}" for reason, n in made.skipped.items())
     print_report(
@@ -146,5 +156,149 @@ def _split(counts: SplitCounts) -> str:
     )
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def fetch(
+    repo: Annotated[
+        str,
+        typer.Option(metavar="OWNER/NAME", help="Data-set repository on the hub."),
+    ],
+    variant: Annotated[
+        str, typer.Option(metavar="spN", help="sp and the vocabulary size.")
+    ] = "sp8192",
+    train_shards: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Training shards to get; all where not given."),
+    ] = None,
+    data_dir: Folder = Path("data"),
+    revision: Annotated[
+        str, typer.Option(metavar="REF", help="Branch, tag or commit of the repository.")
+    ] = "main",
+    folder: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Its folder with the shards, where there are several."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Its tokenizer, where it has another name.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Address of the hub; HF_ENDPOINT's where not given."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Get published shards and their tokenizer from a hub; what is there is not fetched again.
+
+    Sizes and hashes are checked, and the disk's space before anything is fetched. A fetch that
+    was stopped goes on where it was.
+    """
+    from golf_ray.data.fetch import RepoLayout, fetch_dataset
+
+    began_s = time.perf_counter()
+    with progress_bar() as bar:
+
+        def told(stage: str, done: int, total: int) -> None:
+            bar.update("fetching", done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+        report = fetch_dataset(
+            variant,
+            train_shards,
+            repo=repo,
+            out_dir=data_dir,
+            endpoint=endpoint,
+            revision=revision,
+            layout=RepoLayout(folder=folder, tokenizer=tokenizer),
+            progress=told,
+        )
+    seconds = time.perf_counter() - began_s
+    if as_json:
+        print_json({**_plain(report), "seconds": seconds})
+        return
+    print_report(
+        str(report.dataset_dir),
+        [
+            ("shards", f"{report.num_train_shards} training, {report.num_val_shards} validation"),
+            ("tokenizer", str(report.tokenizer)),
+            (
+                "fetched",
+                f"{count(report.fetched_files)} files, {count(report.fetched_bytes)} bytes; "
+                f"{count(report.present_files)} were there",
+            ),
+            ("revision", report.revision),
+            ("time", duration(seconds)),
+        ],
+    )
+
+
+def verify(
+    data_dir: Folder = Path("data"),
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Its vocabulary, where the folder holds several."),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Folder below datasets/; else by vocabulary.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="File below tokenizers/; else by vocabulary."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a data set: headers, sizes, ids, tokenizer, hashes, and training apart from validation.
+
+    Reads everything once. Ends with status 1 where there is a problem.
+    """
+    from golf_ray.config import DataConfig
+    from golf_ray.data.verify import verify_dataset
+
+    with progress_bar() as bar:
+
+        def told(stage: str, done: int, total: int) -> None:
+            bar.update("verifying", done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+        data = DataConfig(dir=str(data_dir), dataset=dataset, tokenizer=tokenizer)
+        report = verify_dataset(data, vocab_size or _only_vocabulary(data_dir), progress=told)
+    if as_json:
+        print_json({"ok": report.ok, **_plain(report)})
+    else:
+        rows = [(name, _checked(side)) for name, side in _sides(report)]
+        rows.append(("manifest", "agrees" if report.has_manifest else "none"))
+        rows += [("PROBLEM", problem) for problem in report.problems]
+        print_report(str(report.dataset_dir), rows)
+    if not report.ok:
+        more = f" and {len(report.problems) - 1} more" if report.problems[1:] else ""
+        raise DataError(f"{report.problems[0]}{more}", "fetch or build the data set again")
+
+
+def _only_vocabulary(data_dir: Path) -> int:
+    from golf_ray.data.shards import dataset_name
+
+    prefix = dataset_name(0).removesuffix("0")
+    names = [path.name for path in sorted(data_dir.glob(f"datasets/{prefix}*"))]
+    found = [int(n.removeprefix(prefix)) for n in names if n.removeprefix(prefix).isdigit()]
+    if len(found) == 1:
+        return found[0]
+    many = ", ".join(map(str, found))
+    raise UsageError(
+        f"{data_dir} holds data sets of vocabularies {many}"
+        if found
+        else f"{data_dir} holds no data set of a known name",
+        "say which with --vocab-size" if found else "give --data-dir, or --vocab-size",
+    )
+
+
+def _sides(report: VerifyReport) -> list[tuple[str, SplitReport]]:
+    return [("training", report.train), ("validation", report.val)]
+
+
+def _checked(side: SplitReport) -> str:
+    return (
+        f"{count(side.shards)} shards, {count(side.tokens)} tokens, "
+        f"{count(side.documents)} documents, {count(side.repeated_documents)} of them repeated"
+    )
+
+
+def _plain(report: Any) -> dict[str, Any]:
+    data = dataclasses.asdict(report)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in data.items()}

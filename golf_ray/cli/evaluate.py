@@ -25,6 +25,7 @@ from golf_ray.cli.options import (
 )
 from golf_ray.cli.output import count, duration, print_json, print_report, progress_bar, sizes_line
 from golf_ray.errors import UsageError
+from golf_ray.records import make_folder
 
 if TYPE_CHECKING:
     from golf_ray.api import Evaluation, StoredWeights
@@ -112,6 +113,8 @@ def evaluate(
     from golf_ray import api
 
     weights = api.open_weights(checkpoint)
+    if per_document is not None:
+        make_folder(per_document.parent)
     with progress_bar() as bar:
 
         def scoring(done: int, total: int, score: Score) -> None:

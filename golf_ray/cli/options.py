@@ -197,6 +197,7 @@ def _over_file(base: Config, path: Path) -> Config:
         )
     for section, value in data.items():
         known = merged.get(section)
-        both = isinstance(known, dict) and isinstance(value, dict)
-        merged[section] = {**known, **value} if both else value
+        if isinstance(known, dict) and isinstance(value, dict):
+            value = {**known, **value}
+        merged[section] = value
     return Config.from_dict(merged)

@@ -145,10 +145,14 @@ def progress_bar() -> Iterator[Bar]:
             seconds = task.time_remaining if known is None else known
             return Text("" if seconds is None else f"{clock(seconds)} left", style="cyan")
 
+    class Percent(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.percentage:>3.0f}%" if task.total is not None else "")
+
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
+        Percent(),
         TextColumn("{task.fields[detail]}", style="cyan"),
         Left(),
         console=Console(stderr=True),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -114,7 +113,10 @@ def _configuration(options: ConfigOptions, workers: int | None, run_dir: str | N
 
     carried = None if run_dir is None else api.read_run_config(run_dir)
     changes = {} if workers is None else {"cluster.num_workers": workers}
-    return resolve_config(options, carried, changes=changes)
+    config = resolve_config(options, carried, changes=changes)
+    if run_dir is not None and not options.names_parts:
+        api.require_trusted(config, run_dir)
+    return config
 
 
 def _show(bar: Bar, event: ProgressEvent) -> None:

@@ -161,20 +161,7 @@ def build_dataset(
         splits = _tokenize(text, survey, model, stage, workers, report)
         for split, counts in splits.items():
             counts["shards"] = _write_shards(split, stage, how.shard_tokens, report)
-        manifest = {
-            "format": MANIFEST_FORMAT,
-            "dataset": how.name,
-            "vocab_size": how.vocab_size,
-            "bos_id": BOS_ID,
-            "tokenizer": {
-                "file": stage.tokenizer_place.name,
-                "sha256": file_sha256(stage.tokenizer),
-                "trained_on_this": given is None,
-            },
-            "options": asdict(how),
-            "sources": survey.sources,
-            "splits": splits,
-        }
+        manifest = _manifest(how, given is None, stage, survey, splits)
         content = json.dumps(manifest, indent=2) + "\n"
         (stage.dataset / MANIFEST_NAME).write_text(content, encoding="utf-8")
         stage.publish()
@@ -185,6 +172,29 @@ def build_dataset(
         val=_split_counts(splits["val"]),
         skipped=dict(sum((Counter(s["skipped"]) for s in survey.sources), Counter())),
     )
+
+
+def _manifest(
+    how: BuildOptions,
+    trained: bool,
+    stage: Staging,
+    survey: _Survey,
+    splits: dict[Split, dict[str, Any]],
+) -> dict[str, Any]:
+    return {
+        "format": MANIFEST_FORMAT,
+        "dataset": how.name,
+        "vocab_size": how.vocab_size,
+        "bos_id": BOS_ID,
+        "tokenizer": {
+            "file": stage.tokenizer_place.name,
+            "sha256": file_sha256(stage.tokenizer),
+            "trained_on_this": trained,
+        },
+        "options": asdict(how),
+        "sources": survey.sources,
+        "splits": splits,
+    }
 
 
 class _Text:

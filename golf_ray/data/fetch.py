@@ -129,11 +129,7 @@ def fetch_dataset(
     _require_space(out_dir, total_bytes)
     report = progress or (lambda stage, done, total: None)
     with _work_folder(out_dir, (dataset_dir, tokenizer.parent)) as work:
-        done_bytes = 0
-        for item in missing:
-            _fetch_one(hub, item, work, vocab_size, _counter(report, done_bytes, total_bytes))
-            done_bytes += item.remote.num_bytes
-            report("fetch", done_bytes, total_bytes)
+        _fetch_all(hub, missing, work, vocab_size, report)
     _write_manifest(dataset_dir, tokenizer, vocab_size, hub, wanted)
     return FetchReport(
         dataset_dir=dataset_dir,
@@ -256,6 +252,17 @@ def _work_folder(out_dir: Path, places: Sequence[Path]) -> Iterator[Path]:
         for path in made:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def _fetch_all(
+    hub: HubRepo, missing: Sequence[_Wanted], work: Path, vocab_size: int, report: Progress
+) -> None:
+    total_bytes = sum(item.remote.num_bytes for item in missing)
+    done_bytes = 0
+    for item in missing:
+        _fetch_one(hub, item, work, vocab_size, _counter(report, done_bytes, total_bytes))
+        done_bytes += item.remote.num_bytes
+        report("fetch", done_bytes, total_bytes)
 
 
 def _counter(report: Progress, before_bytes: int, total_bytes: int) -> Callable[[int], None]:

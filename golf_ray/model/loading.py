@@ -63,7 +63,7 @@ def load_tensors(source: Path | bytes, where: str) -> Any:
     """
     if isinstance(source, Path) and not source.is_file():
         kind = "is a folder" if source.is_dir() else "is not there"
-        raise CheckpointError(f"{where} {kind}", "give a checkpoint file")
+        raise CheckpointError(f"{where} cannot be read: it {kind}", "give a file")
     readable = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with warnings.catch_warnings():

@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution
 from ray.tune.search.optuna import OptunaSearch
 
 TRIAL_KEY = "trial"
-"""Key of a trial's number, from 0, in the points that are suggested."""
+"""Key of a trial's number, from 1, in the points that are suggested."""
 
 
 def num_trainings(num_trials: int, evals_per_training: int) -> int:
@@ -66,4 +66,4 @@ class StagedOptunaSearch(OptunaSearch):
         if not shares:
             self._shared = {knob: point[knob] for knob in self._training_knobs}
         self._num_suggested += 1
-        return {**point, TRIAL_KEY: self._num_suggested - 1}
+        return {**point, TRIAL_KEY: self._num_suggested}

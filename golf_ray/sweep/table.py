@@ -44,13 +44,14 @@ COLUMNS = {
 """Columns of every table beside the knobs, with their types."""
 
 _SHORT = {
-    "train.warmdown_frac": "warm-\ndown",
-    "train.muon_momentum": "momen-\ntum",
-    "quantization.mlp_clip_sigmas": "clip\nmlp",
-    "quantization.attention_clip_sigmas": "clip\nattn",
-    "quantization.embedding_clip_sigmas": "clip\nemb",
-    "adaptation.chunk_size": "chunk",
+    "train.warmdown_frac": ("warm\ndown", 2),
+    "train.muon_momentum": ("mom.", 3),
+    "quantization.mlp_clip_sigmas": ("clip\nMLP", 1),
+    "quantization.attention_clip_sigmas": ("clip\nattn", 1),
+    "quantization.embedding_clip_sigmas": ("clip\nemb", 1),
+    "adaptation.chunk_size": ("TTT\nchunk", 0),
 }
+"""Heading and digits of well-known knobs on a narrow screen."""
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -93,19 +94,21 @@ def screen_table(frame: pd.DataFrame) -> Table:
     from rich.table import Table
 
     knobs = [name for name in frame.columns if name not in COLUMNS]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("trial", justify="right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("#", justify="right")
     for knob in knobs:
-        table.add_column(_SHORT.get(knob, knob.rpartition(".")[2]), justify="right")
-    for title in ("val\nbpb", "int6\nbpb", "TTT\nbpb", "KB", "trained"):
+        heading, _ = _SHORT.get(knob, (knob.rpartition(".")[2], 4))
+        table.add_column(heading, justify="right")
+    for title in ("train\nbpb", "int6\nbpb", "TTT\nbpb", "KB", "train-\ning"):
         table.add_column(title, justify="right")
     done = frame[frame["status"] == "done"]
     best = int(done.loc[done["ttt_bpb"].idxmin(), "trial"]) if len(done) else None
     for row in frame.to_dict("records"):
-        cells = [str(row["trial"]), *(_digits(row[knob], 3) for knob in knobs)]
+        cells = [str(row["trial"])]
+        cells += [_digits(row[knob], _SHORT.get(knob, ("", 4))[1]) for knob in knobs]
         if row["status"] == "done":
             cells += [_digits(row[name], 4) for name in ("val_bpb", "int6_bpb", "ttt_bpb")]
-            cells += [f"{row['total_bytes'] / 1000:.0f}", "yes" if row["trained"] else "shared"]
+            cells += [f"{row['total_bytes'] / 1000:.0f}", "new" if row["trained"] else "shared"]
         else:
             cells += ["", "", str(row["status"]), "", ""]
         table.add_row(*cells, style="bold green" if row["trial"] == best else None)
@@ -113,6 +116,4 @@ def screen_table(frame: pd.DataFrame) -> Table:
 
 
 def _digits(value: Any, digits: int) -> str:
-    if isinstance(value, float):
-        return f"{value:.{digits}f}" if value < 10 or digits > 3 else f"{value:.2f}"
-    return str(value)
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)

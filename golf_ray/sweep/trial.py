@@ -17,7 +17,6 @@ from golf_ray.records import atomic_write_json
 from golf_ray.sweep.store import StageOutput, StageStore, code_version, data_fingerprint
 
 RECORD_SCHEMA = 1
-ARTIFACT_FILE = "final_model.int6.ptz"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +24,7 @@ class TrialSpec:
     """What a trial is, before it runs."""
 
     number: int
-    """Place in the sweep, from 0."""
+    """Place in the sweep, from 1."""
     knobs: dict[str, Any]
     """The searched fields' values."""
     config: Config
@@ -155,7 +154,7 @@ def _quantize(
 def _evaluate(
     config: Config, store: StageStore, quantized: StageOutput, record: TrialRecord
 ) -> None:
-    from golf_ray.sweep.stages import evaluate_stage
+    from golf_ray.sweep.stages import ARTIFACT_FILE, evaluate_stage
 
     whole = config.to_dict()
     key = {
@@ -168,7 +167,7 @@ def _evaluate(
         result = evaluate_stage(config, quantized.folder / ARTIFACT_FILE)
         output = store.finish("evaluate", key, result)
     record.update(
-        evaluate_s=0.0 if output.reused else output.result["seconds"],
+        evaluate_s=0.0 if output.reused else output.result["wall_s"],
         ttt_bpb=output.result["val_bpb"],
         ttt_loss_nats=output.result["val_loss_nats"],
         tokens_scored=output.result["tokens_scored"],
