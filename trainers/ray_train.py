@@ -54,6 +54,7 @@ from golf_ray.errors import (
     TrainingFailed,
     UsageError,
 )
+from golf_ray.model.arrays import arrays_of
 from trainers.local import CHECKPOINTS, KEEP, RESULT_FILE, checkpoint_name
 from trainers.loop import TrainingResult
 from trainers.ray_channel import Channel
@@ -221,9 +222,6 @@ def _job(
     device = cluster.device
     if device == "auto":
         device = "cuda" if cluster.gpus_per_worker > 0 else "cpu"
-    arrays = None
-    if initial is not None:
-        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in initial.items()}
     return WorkerJob(
         run_key=f"train/{uuid.uuid4().hex}",
         run_uri=storage.uri,
@@ -232,7 +230,7 @@ def _job(
         data_dir=str(Path(config.data.dir).absolute()),
         device=device,
         threads=max(1, int(cluster.cpus_per_worker)),
-        initial=arrays,
+        initial=None if initial is None else arrays_of(initial),
         resume_from=resume_from,
     )
 
@@ -287,6 +285,10 @@ class _Fit:
         if cluster.gpus_per_worker:
             resources["GPU"] = cluster.gpus_per_worker
         storage = Storage(self._job.run_uri)
+        # Ray takes its own kind of callback here as well as a user's.
+        callbacks: list[Any] = [
+            RunWatch(self._job.run_key, self._record.attempts_before, self._silence_s())
+        ]
         return TorchTrainer(
             train_worker,
             train_loop_config={"job": self._job},
@@ -310,10 +312,7 @@ class _Fit:
                     controller_failure_limit=cluster.max_failures,
                 ),
                 checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
-                # Ray lets its own kind of callback in here as well.
-                callbacks=[  # type: ignore[list-item]
-                    RunWatch(self._job.run_key, self._record.attempts_before, self._silence_s())
-                ],
+                callbacks=callbacks,
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )

@@ -16,10 +16,12 @@ import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
 
 from golf_ray.errors import GolfRayError
 from trainers.failures import Kind, WorkerFailure, judge
@@ -93,11 +95,21 @@ class RunWatch(ControllerCallback, WorkerGroupCallback):
             raise verdict.error
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Workers that could not be started are not seen by a poll."""
-        if type(current_state).__name__ == "ReschedulingState":
-            failure = current_state.training_failed_error
-            reason = " ".join(str(getattr(failure, "controller_failure", failure)).split())
-            self._channel().put("start_failed", reason=reason[:300])
+        """Workers that could not be started are not seen by a poll.
+
+        Raises:
+            WorkerGroupStartupTimeoutError: they were not placed in time; waiting as long again
+                would not place them.
+        """
+        if not isinstance(current_state, ReschedulingState):
+            return
+        failure = current_state.training_failed_error
+        cause = getattr(failure, "controller_failure", failure)
+        reason = " ".join(str(cause).split())[:300]
+        timed_out = isinstance(cause, WorkerGroupStartupTimeoutError)
+        self._channel().put("start_failed", reason=reason, restart=not timed_out)
+        if timed_out:
+            raise cause
 
     def _channel(self) -> Channel:
         return Channel(self._run_key, self._attempt, "watch")

@@ -28,11 +28,11 @@ from typing import Any
 
 import ray.train
 import torch
-from numpy.typing import NDArray
 from ray.train.torch import get_device
 
 from golf_ray.config import Config
 from golf_ray.errors import ClusterError, TrainingFailed
+from golf_ray.model.arrays import Arrays, tensors_of
 from golf_ray.optim import world as world_module
 from golf_ray.optim.world import World
 from trainers.local import CHECKPOINTS, checkpoint_name, write_checkpoint
@@ -61,7 +61,8 @@ class WorkerJob:
     """The data folder, absolute."""
     device: str
     threads: int
-    initial: dict[str, NDArray[Any]] | None
+    initial: Arrays | None
+    """Weights to begin with."""
     resume_from: str | None
     """Checkpoint folder of an earlier driver to begin with."""
 
@@ -85,9 +86,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     with RayReporter(job, channel, world) as reporter, _out_of_memory(rank):
         config = job.config
         at_home = config.with_overrides({"data.dir": job.data_dir})
-        initial = None
-        if job.initial is not None:
-            initial = {name: torch.from_numpy(value.copy()) for name, value in job.initial.items()}
+        initial = None if job.initial is None else tensors_of(job.initial)
         with TrainingRun(
             config,
             [Path(shard) for shard in job.shards],
@@ -310,7 +309,8 @@ def _standing(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is in this code, and whether it waits for other workers there."""
     stack = traceback.extract_stack(frame) if frame is not None else []
     root = Path(__file__).parent.parent
-    mine = [e for e in stack if Path(e.filename).is_relative_to(root)]
+    homes = (root / "golf_ray", root / "trainers")
+    mine = [e for e in stack if any(Path(e.filename).is_relative_to(home) for home in homes)]
     if not mine:
         return "unknown", False
     last = mine[-1]

@@ -185,11 +185,10 @@ class RowLayout:
 
     def split(self, x_TI: Tensor) -> Tensor:
         """[T, I] -> [N, L, I]."""
-        shape = (self.num_documents, self.longest)
-        if self._places_T is None:
-            return x_TI.unflatten(0, shape)
-        padded = x_TI.new_zeros(self.num_documents * self.longest, x_TI.shape[1])
-        return padded.index_copy(0, self._places_T, x_TI).unflatten(0, shape)
+        if self._places_T is not None:
+            padded = x_TI.new_zeros(self.num_documents * self.longest, x_TI.shape[1])
+            x_TI = padded.index_copy(0, self._places_T, x_TI)
+        return x_TI.reshape(self.num_documents, self.longest, -1)
 
     def join(self, y_NLO: Tensor) -> Tensor:
         """[N, L, O] -> [T, O], the inverse of `split`."""
@@ -222,9 +221,7 @@ class AdapterHooks(Hooks):
         return y_TO + rows.join(torch.bmm(low_NLR, b_NOR.transpose(1, 2)))
 
 
-def read_adapter_init(
-    path: Path, slots: Sequence[AdapterSlot], rank: int
-) -> dict[int, Tensor]:
+def read_adapter_init(path: Path, slots: Sequence[AdapterSlot], rank: int) -> dict[int, Tensor]:
     """A from a file instead of from random numbers: the same for every document and slot.
 
     Args:

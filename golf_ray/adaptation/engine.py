@@ -227,7 +227,7 @@ class GroupEngine:
     def score(self, rows: slice, number: int, losses_T: Tensor) -> None:
         """Note the losses of a chunk as its score; nothing changes them afterwards."""
         counts = [c.num_scored for c in self._chunks_at(rows, number)]
-        pieces = losses_T.detach().clone().split(counts)
+        pieces = torch.split(losses_T.detach().clone(), counts)
         for resident, piece in zip(self.residents[rows], pieces, strict=True):
             resident.losses.append(piece)
             resident.trace.append(

@@ -58,8 +58,8 @@ def philox4x32(
     Returns:
         Four int64 tensors of values below 2^32, in the broadcast shape.
     """
-    words = [torch.as_tensor(w, dtype=torch.int64, device=device) for w in counter]
-    c0, c1, c2, c3 = torch.broadcast_tensors(*words)
+    # The rounds mix every word into every other, so that all outputs have the broadcast shape.
+    c0, c1, c2, c3 = (torch.as_tensor(w, dtype=torch.int64, device=device) for w in counter)
     k0, k1 = key
     for _ in range(ROUNDS):
         high0, low0 = _multiply(MULTIPLIERS[0], c0)
@@ -105,7 +105,7 @@ def adapter_as(
     key = (seed & MASK, (seed >> 32) & MASK)
     words = torch.stack(philox4x32((block, slot, document, STREAM_A), key, device), dim=-1)
     a = symmetric_uniform(words.flatten(1)[:, :numel], 1 / math.sqrt(in_features))
-    return a.unflatten(1, (rank, in_features))
+    return a.reshape(-1, rank, in_features)
 
 
 def adapter_a(

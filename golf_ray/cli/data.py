@@ -11,7 +11,7 @@ import typer
 
 from golf_ray.cli.frame import NO_VALUE, add_verb, examples, make_group
 from golf_ray.cli.options import AsJson, Debug
-from golf_ray.cli.output import count, duration, print_json, print_report, progress_bar
+from golf_ray.cli.output import count, duration, number_of, print_json, print_report, progress_bar
 from golf_ray.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ def build(
 
 def _split(counts: SplitCounts) -> str:
     return (
-        f"{count(counts.documents)} documents, {count(counts.text_bytes)} bytes, "
-        f"{count(counts.tokens)} tokens in {count(counts.num_shards)} shards"
+        f"{number_of(counts.documents, 'document')}, {number_of(counts.text_bytes, 'byte')}, "
+        f"{number_of(counts.tokens, 'token')} in {number_of(counts.num_shards, 'shard')}"
     )
 
 
@@ -220,7 +220,7 @@ def fetch(
             ("tokenizer", str(report.tokenizer)),
             (
                 "fetched",
-                f"{count(report.fetched_files)} files, {count(report.fetched_bytes)} bytes; "
+                f"{number_of(report.fetched_files, 'file')}, {count(report.fetched_bytes)} bytes; "
                 f"{count(report.present_files)} were there",
             ),
             ("revision", report.revision),
@@ -294,8 +294,8 @@ def _sides(report: VerifyReport) -> list[tuple[str, SplitReport]]:
 
 def _checked(side: SplitReport) -> str:
     return (
-        f"{count(side.shards)} shards, {count(side.tokens)} tokens, "
-        f"{count(side.documents)} documents, {count(side.repeated_documents)} of them repeated"
+        f"{number_of(side.shards, 'shard')}, {number_of(side.tokens, 'token')}, "
+        f"{number_of(side.documents, 'document')}, {count(side.repeated_documents)} repeated"
     )
 
 

@@ -23,7 +23,15 @@ from golf_ray.cli.options import (
     UpstreamFile,
     resolve_config,
 )
-from golf_ray.cli.output import count, duration, print_json, print_report, progress_bar, sizes_line
+from golf_ray.cli.output import (
+    count,
+    duration,
+    number_of,
+    print_json,
+    print_report,
+    progress_bar,
+    sizes_line,
+)
 from golf_ray.errors import UsageError
 from golf_ray.records import make_folder
 
@@ -172,8 +180,8 @@ def _report(done: Evaluation) -> tuple[str, list[tuple[str, str]]]:
     data: dict[str, Any] = done.to_dict()
     scored = f"{count(data['tokens_scored'])} tokens, {count(data['bytes_scored'])} bytes"
     if "documents_scored" in data:
-        scored += f", {count(data['documents_scored'])} documents"
-    where = done.device if done.workers is None else f"{done.workers} actors ({done.device})"
+        scored += ", " + number_of(data["documents_scored"], "document")
+    where = done.device if done.workers is None else number_of(done.workers, "actor")
     rows = [
         ("bpb", f"{data['val_bpb']:.6f}"),
         ("loss", f"{data['val_loss_nats']:.6f} nats a token"),

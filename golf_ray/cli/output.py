@@ -43,6 +43,11 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def number_of(value: int, noun: str) -> str:
+    """A number of things, in the singular where there is one."""
+    return f"{value:,} {noun}" if value == 1 else f"{value:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person reads them."""
     if seconds < 60:

@@ -99,5 +99,5 @@ def quantize(
         raise GolfRayError(
             f"{made.artifact} and code are {count(-made.sizes.margin_bytes)} bytes over the limit"
             f" of {count(made.sizes.limit_bytes)}",
-            "use fewer bits or smaller clip sigmas",
+            "use fewer bits or larger clip sigmas",
         )

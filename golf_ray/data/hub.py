@@ -200,7 +200,7 @@ class HubRepo:
 
 def _bar_class(on_bytes: Callable[[int], None]) -> type[Any]:
     """The hub client reports through a class of progress bars: one that shows nothing."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg,misc,unused-ignore]
         def __init__(self, *args: Any, **keywords: Any) -> None:

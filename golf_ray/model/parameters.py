@@ -9,9 +9,7 @@ Invariant: `bank(unbank(state)) == state` for every state dict that fits the con
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,80 +17,16 @@ from torch import Tensor
 from golf_ray.config import ModelConfig
 from golf_ray.errors import CheckpointError, nearest
 from golf_ray.model.layout import num_skips
-
-Init = Callable[[Tensor, torch.Generator], None]
-OptimizerGroup = Literal["muon", "embedding", "small", "head", "none"]
-MatrixGroup = Literal["mlp", "attention", "embedding"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorSpec:
-    """One tensor of the state dict."""
-
-    name: str
-    shape: tuple[int, ...]
-    optimizer: OptimizerGroup
-    """`muon` for banks [matrices, rows, columns], `none` for what stays as it began."""
-    init: Init
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MatrixSpec:
-    """One matrix that may be quantised."""
-
-    name: str
-    """Unbanked public name."""
-    tensor: str
-    """Tensor of the state dict that holds it."""
-    index: int | None
-    """Slice of that tensor; None where it is the whole tensor."""
-    group: MatrixGroup
-    """Whose bits and clip sigmas hold for it."""
-    layer: int | None
-    """Physical layer, None outside the layers."""
-    shape: tuple[int, int]
-    """Rows (outputs) and columns (inputs)."""
-    multiplies: bool = True
-    """False for a table that is only looked up: it has no input rows and so no Hessian."""
-
-
-def constant(value: float) -> Init:
-    """An initial value that is the same everywhere."""
-
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.fill_(value)
-
-    return fill
-
-
-def normal(std: float) -> Init:
-    """Normal with mean 0."""
-
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.normal_(0.0, std, generator=generator)
-
-    return fill
-
-
-def orthogonal(count: int | None = None) -> Init:
-    """Orthogonal matrices in the first `count` slices of a bank (all for None), zeros after."""
-
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.zero_()
-        matrices = tensor[:count] if tensor.dim() == 3 else tensor[None]
-        for matrix in matrices:
-            torch.nn.init.orthogonal_(matrix, generator=generator)
-
-    return fill
-
-
-def _halves(first: Init, second: Init) -> Init:
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        half = tensor.shape[0] // 2
-        first(tensor[:half], generator)
-        second(tensor[half:], generator)
-
-    return fill
+from golf_ray.model.parts import resolve_parts
+from golf_ray.model.specs import (
+    MatrixGroup,
+    MatrixSpec,
+    TensorSpec,
+    constant,
+    halves,
+    normal,
+    orthogonal,
+)
 
 
 def _small(name: str, *shape: int, value: float) -> TensorSpec:
@@ -102,12 +36,10 @@ def _small(name: str, *shape: int, value: float) -> TensorSpec:
 @functools.cache
 def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     """All tensors in the public order, those of further parts last."""
-    from golf_ray.model.parts import resolve_parts
-
     L, D, E, V = config.num_layers, config.model_dim, config.embedding_dim, config.vocab_size
     zero = constant(0.0)
     banks = [
-        ("qo_bank", (2 * L, D, D), _halves(orthogonal(), zero)),
+        ("qo_bank", (2 * L, D, D), halves(orthogonal(), zero)),
         ("kv_bank", (2 * L, config.kv_dim, D), orthogonal()),
         ("mlp_up_bank", (L, config.mlp_dim, D), orthogonal()),
         ("mlp_down_bank", (L, D, config.mlp_dim), zero),
@@ -137,7 +69,7 @@ def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
                 name=f"blocks.{i}.resid_mix",
                 shape=(2, D),
                 optimizer="small",
-                init=_halves(constant(1.0), zero),
+                init=halves(constant(1.0), zero),
             )
         )
         specs.append(_small(f"blocks.{i}.attn.q_gain", config.num_heads, value=config.qk_gain_init))
@@ -151,8 +83,6 @@ def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
 @functools.cache
 def matrix_specs(config: ModelConfig) -> tuple[MatrixSpec, ...]:
     """All matrices that may be quantised, in the artifact's order, those of parts last."""
-    from golf_ray.model.parts import resolve_parts
-
     L, D, E, V = config.num_layers, config.model_dim, config.embedding_dim, config.vocab_size
     K, M = config.kv_dim, config.mlp_dim
     specs = []

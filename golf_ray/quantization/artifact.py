@@ -24,7 +24,6 @@ from golf_ray.errors import CheckpointError
 from golf_ray.model.checkpoint import build_model, check_state
 from golf_ray.model.layout import looped_layers
 from golf_ray.model.parameters import (
-    MatrixSpec,
     bank,
     check_tensors,
     matrix_specs,
@@ -32,6 +31,7 @@ from golf_ray.model.parameters import (
     unbanked_shapes,
 )
 from golf_ray.model.parts import is_builtin
+from golf_ray.model.specs import MatrixSpec
 from golf_ray.quantization.container import (
     QuantizedState,
     dequantize,

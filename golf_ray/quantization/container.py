@@ -33,8 +33,8 @@ from torch import Tensor
 
 from golf_ray.config import Config
 from golf_ray.errors import CheckpointError, ConfigError
-from golf_ray.quantization.gptq import max_code
 from golf_ray.model.loading import REMEDY, load_tensors, read_bytes
+from golf_ray.quantization.gptq import max_code
 from golf_ray.records import atomic_write_bytes
 
 Compressor = Literal["brotli", "lzma"]

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from golf_ray.errors import CheckpointError
 from golf_ray.model.hooks import Hooks
+from golf_ray.model.loading import load_tensors
 from golf_ray.model.model import GolfModel
 from golf_ray.model.segments import Segments
 from golf_ray.quantization.gptq import matmul_precision
-from golf_ray.model.loading import load_tensors
 from golf_ray.records import atomic_path
 
 GRAM_ROWS = 4096

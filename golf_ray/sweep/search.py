@@ -55,11 +55,12 @@ class StagedOptunaSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """The next point, with the trial's number; every M-th has training knobs of its own."""
+        study: Any = self._ot_study
         shares = self._num_suggested % self._evals_per_training != 0
         if shares and self._shared:
-            self._ot_study.enqueue_trial(self._shared)
+            study.enqueue_trial(self._shared)
         elif not shares and self._first:
-            self._ot_study.enqueue_trial(self._first.pop(0))
+            study.enqueue_trial(self._first.pop(0))
         point: dict[str, Any] | None = super().suggest(trial_id)
         if point is None:
             return None

@@ -76,14 +76,14 @@ def load_space(name: str, base: Config) -> Space:
         ConfigError: there is none, a field is unknown, or a value that it may take is not allowed.
     """
     module, attribute = _find(name)
-    distributions = getattr(module, attribute, None)
-    good = isinstance(distributions, dict) and distributions
-    if not good or not all(isinstance(d, BaseDistribution) for d in distributions.values()):
+    found = getattr(module, attribute, None)
+    distributions = dict(found) if isinstance(found, Mapping) else {}
+    if not distributions or not all(
+        isinstance(d, BaseDistribution) for d in distributions.values()
+    ):
         raise ConfigError(f"{attribute} of space '{name}' is no space",
                           "give a dict from field to Optuna distribution")  # fmt: skip
-    space = Space(
-        name=name, distributions=dict(distributions), first=tuple(getattr(module, "FIRST", ()))
-    )
+    space = Space(name=name, distributions=distributions, first=tuple(getattr(module, "FIRST", ())))
     check_space(space, base)
     return space
 

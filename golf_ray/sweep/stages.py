@@ -47,7 +47,7 @@ def quantize_stage(config: Config, trained: Path, folder: Path) -> dict[str, Any
     """
     began_s = time.perf_counter()
     made = api.quantize(trained / FINAL_FILE, config, out=make_folder(folder) / ARTIFACT_FILE)
-    scored = api.evaluate(made.artifact, config, method="packed")
+    scored = api.evaluate(folder / ARTIFACT_FILE, config, method="packed")
     return {
         **made.sizes.to_dict(),
         "int6_bpb": scored.result.score.bpb,

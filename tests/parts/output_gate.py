@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from golf_ray.config import ModelConfig
-from golf_ray.model.parameters import MatrixSpec, TensorSpec, constant
 from golf_ray.model.parts import Part, Pass
+from golf_ray.model.specs import MatrixSpec, TensorSpec, constant
 
 
 class OutputGate(Part):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from golf_ray.config import ModelConfig
-from golf_ray.model.parameters import TensorSpec, constant
 from golf_ray.model.parts import Part, Pass
+from golf_ray.model.specs import TensorSpec, constant
 
 BOS_ID = 1
 GATE_INPUTS = 12

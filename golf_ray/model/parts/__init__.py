@@ -22,16 +22,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from golf_ray.config import ModelConfig
 from golf_ray.errors import ConfigError, nearest
-
-if TYPE_CHECKING:
-    from golf_ray.model.parameters import MatrixSpec, TensorSpec
-    from golf_ray.model.segments import Segments
+from golf_ray.model.segments import Segments
+from golf_ray.model.specs import MatrixSpec, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
