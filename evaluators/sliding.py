@@ -68,14 +68,10 @@ def window_losses(
     # A window is no longer than one segment may be, so only BOS cuts it.
     pieces = [np.diff(segment_bounds(i[:-1], len(i))) for i in ids]
     bounds = np.concatenate([[0], np.concatenate(pieces).cumsum()]).astype(np.int32)
-    segments = Segments.of_bounds(
-        pad_bounds(bounds, sum(lengths)), max(lengths), device
-    )
+    segments = Segments.of_bounds(pad_bounds(bounds, sum(lengths)), max(lengths), device)
     x_T = torch.from_numpy(np.concatenate([i[:-1] for i in ids])).to(device)
     x_TD = model.hidden(x_T, segments, loop=loop)
-    kept = np.concatenate(
-        [np.arange(w.start, w.end) >= w.score_from for w in windows]
-    )
+    kept = np.concatenate([np.arange(w.start, w.end) >= w.score_from for w in windows])
     places = torch.from_numpy(np.flatnonzero(kept)).to(device)
     y_T = torch.from_numpy(np.concatenate([i[1:] for i in ids])[kept]).to(device)
     return model.token_losses(x_TD.index_select(0, places), y_T)

@@ -33,9 +33,7 @@ def choose_documents(
     """
     bounds = document_bounds(tokens)
     lengths = bounds[:, 1] - bounds[:, 0]
-    chosen = sample_documents(
-        len(bounds), adaptation.document_fraction, adaptation.seed, lengths
-    )
+    chosen = sample_documents(len(bounds), adaptation.document_fraction, adaptation.seed, lengths)
     return tuple(
         Document(index=int(i), start=int(bounds[i, 0]), end=int(bounds[i, 1])) for i in chosen
     )
@@ -66,11 +64,7 @@ def score_documents(
         DataError: there is nothing to score.
     """
     documents = choose_documents(tokens, adaptation) if documents is None else documents
-    if not any(document.num_predictions for document in documents):
-        raise DataError(
-            f"{len(documents)} documents hold no prediction, so there is nothing to score",
-            "use validation text in which a document has two tokens or more",
-        )
+    require_predictions(documents)
     scores: list[DocumentScore] = []
     running = Score.zero()
     for score in adapt_documents(
@@ -82,6 +76,19 @@ def score_documents(
         if progress is not None:
             progress(len(scores), len(documents), running)
     return tuple(sorted(scores, key=lambda score: score.index))
+
+
+def require_predictions(documents: Sequence[Document]) -> None:
+    """See that there is something to score.
+
+    Raises:
+        DataError: no document has a prediction.
+    """
+    if not any(document.num_predictions for document in documents):
+        raise DataError(
+            f"{len(documents)} documents hold no prediction, so there is nothing to score",
+            "use validation text in which a document has two tokens or more",
+        )
 
 
 def total_of(scores: Sequence[DocumentScore]) -> Score:

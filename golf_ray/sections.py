@@ -411,6 +411,10 @@ class AdaptationConfig:
         )
         require_at_least("adaptation", self, 0, "lr", "eps", "weight_decay", "seed")
         require_between("adaptation", self, 0, 1, "beta1", "beta2", "document_fraction")
+        for name in ("beta1", "beta2"):
+            # Bias correction divides by 1 - beta^t.
+            value = getattr(self, name)
+            require(value < 1, f"adaptation.{name}", value, "less than 1")
         require(
             self.chunk_size <= self.window,
             "adaptation.chunk_size",

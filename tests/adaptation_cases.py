@@ -31,8 +31,8 @@ SMALL = ModelConfig(
 )
 ADAPTATION = AdaptationConfig(rank=2, chunk_size=4, window=12, lr=1e-2, group_documents=3)
 TABLES = ByteTables(
-    base_bytes=np.arange(VOCAB_SIZE, dtype=np.int16) % 7,
-    has_leading_space=np.arange(VOCAB_SIZE) % 3 == 0,
+    base_bytes=np.where(np.arange(VOCAB_SIZE) < 4, 0, np.arange(VOCAB_SIZE) % 7).astype(np.int16),
+    has_leading_space=np.arange(VOCAB_SIZE) % 3 == 2,
     is_boundary=np.arange(VOCAB_SIZE) < 4,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -148,11 +149,11 @@ SETTINGS = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     adaptation=SETTINGS,
-    lengths=st.lists(st.integers(1, 21), min_size=1, max_size=4),
-    last=st.integers(0, 21),
+    lengths=st.lists(st.integers(1, 15), min_size=1, max_size=3),
+    last=st.integers(0, 15),
 )
 def test_equals_a_plain_twin(adaptation: AdaptationConfig, lengths: list[int], last: int) -> None:
     tokens = stream([*lengths, last])
@@ -178,14 +179,15 @@ def test_adaptation_does_something_and_learns() -> None:
 
 # The result belongs to the document ----------------------------------------------------------
 
-MIXED = stream([9, 1, 23, 2, 12, 12, 5, 40, 3, 17, 4, 8, 0])
+MIXED = stream([9, 1, 23, 2, 12, 12, 5, 26, 3, 0])
+FEW = stream([7, 1, 13, 5, 9])
 
 
 @pytest.mark.parametrize("group_size", [1, 3, 64])
 def test_packing_has_no_effect(group_size: int) -> None:
     base = run(MIXED, ADAPTATION)
     other = run(MIXED, dataclasses.replace(ADAPTATION, group_documents=group_size))
-    assert other.keys() == base.keys() == set(range(13))
+    assert other.keys() == base.keys() == set(range(10))
     for index, score in base.items():
         assert other[index].nats == pytest.approx(score.nats, abs=1e-6 * max(1, score.tokens))
         assert (other[index].tokens, other[index].num_bytes) == (score.tokens, score.num_bytes)
@@ -201,7 +203,7 @@ def test_order_of_documents_changes_no_bit() -> None:
 
 def test_a_sample_scores_as_in_the_whole_set() -> None:
     base = run(MIXED, ADAPTATION)
-    some = tuple(d for d in documents_of(MIXED) if d.index in (2, 6, 7, 11))
+    some = tuple(d for d in documents_of(MIXED) if d.index in (2, 6, 7, 9))
     for index, score in run(MIXED, ADAPTATION, some).items():
         assert score.nats == pytest.approx(base[index].nats, abs=1e-6 * max(1, score.tokens))
 
@@ -286,9 +288,9 @@ def test_nothing_but_a_bos() -> None:
 
 
 def test_a_document_much_longer_than_the_others() -> None:
-    tokens = stream([6, 700, 3])
+    tokens = stream([6, 230, 3])
     scores = run(tokens, ADAPTATION)
-    assert scores[1].tokens == 700 and len(scores[1].trace) == 175
+    assert scores[1].tokens == 230 and len(scores[1].trace) == 58
     assert np.isfinite(_losses_of(scores[1])).all()
     alone = run(tokens, ADAPTATION, documents_of(tokens)[1:2])
     assert scores[1].nats == pytest.approx(alone[1].nats, rel=1e-6)
@@ -317,7 +319,7 @@ def check_trace(scores: dict[int, DocumentScore], adaptation: AdaptationConfig) 
         if score.trace:
             assert score.trace[-1].updated_at is None
             times.append(score.trace[-1].scored_at)
-        assert all(a < b for a, b in zip(times, times[1:], strict=False))
+        assert all(a < b for a, b in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize("grad_steps", [1, 3])
@@ -335,10 +337,9 @@ def test_the_trace_shows_score_before_update(grad_steps: int) -> None:
 
 def check_nothing_leaks(run_losses: Run) -> None:
     """Later tokens and other documents change no bit of a score; the changed ones do change."""
-    tokens = MIXED
+    tokens = FEW
     base = run_losses(tokens, ADAPTATION)
-    documents = documents_of(tokens)
-    for place, document in enumerate(documents):
+    for place, document in enumerate(documents_of(tokens)):
         n = document.num_predictions
         for first in sorted({1, n // 2, n - 1} & set(range(1, n))):
             changed = changed_tail(tokens, document.start + first, seed=place, end=document.end)
@@ -354,10 +355,10 @@ def check_nothing_leaks(run_losses: Run) -> None:
 
 def check_tail(run_losses: Run) -> None:
     """The same with everything after one place changed at once, other documents included."""
-    base = run_losses(MIXED, ADAPTATION)
-    for first in range(2, len(MIXED), 11):
-        after = run_losses(changed_tail(MIXED, first, seed=first), ADAPTATION)
-        for document in documents_of(MIXED):
+    base = run_losses(FEW, ADAPTATION)
+    for first in range(2, len(FEW), 6):
+        after = run_losses(changed_tail(FEW, first, seed=first), ADAPTATION)
+        for document in documents_of(FEW):
             kept = max(0, first - document.start - 1)
             before, now = base[document.index], after[document.index]
             assert np.array_equal(before[:kept], now[:kept]), (first, document.index)
@@ -443,22 +444,23 @@ def test_a_cheating_engine_is_caught(cheat: type[GroupEngine]) -> None:
 
 
 def test_the_check_itself_passes_an_honest_engine() -> None:
-    tokens = MIXED
-    honest = _losses_by(GroupEngine)(tokens, ADAPTATION)
-    for index, values in losses(tokens, ADAPTATION).items():
+    honest = _losses_by(GroupEngine)(FEW, ADAPTATION)
+    for index, values in losses(FEW, ADAPTATION).items():
         assert np.array_equal(values, honest[index])
 
 
-def test_an_update_before_its_score_shows_in_the_trace() -> None:
-    class Late(GroupEngine):
-        def learn(self, rows: slice, number: int) -> None:
-            for resident in self.residents[rows]:
-                resident.trace.append(
-                    dataclasses.replace(_EVENT, chunk=number, updated_at=next(self._clock))
-                )
-            super().learn(rows, number)
-
-    _EVENT = run(MIXED, ADAPTATION)[0].trace[0]
-    engine = Late(MODEL, MIXED, documents_of(MIXED)[:1], ADAPTATION, tables=TABLES)
+@pytest.mark.parametrize("fault", ["updated first", "scored twice", "out of order", "last learnt"])
+def test_a_bad_trace_is_seen(fault: str) -> None:
+    score = run(FEW, ADAPTATION)[2]
+    trace = list(score.trace)
+    assert len(trace) == 4
+    if fault == "updated first":
+        trace[1] = dataclasses.replace(trace[1], updated_at=trace[1].scored_at - 1)
+    elif fault == "scored twice":
+        trace.insert(1, trace[0])
+    elif fault == "out of order":
+        trace[0], trace[1] = trace[1], trace[0]
+    else:
+        trace[-1] = dataclasses.replace(trace[-1], updated_at=trace[-1].scored_at + 1)
     with pytest.raises(AssertionError):
-        check_trace({s.index: s for s in engine.run()}, ADAPTATION)
+        check_trace({0: dataclasses.replace(score, trace=tuple(trace))}, ADAPTATION)
