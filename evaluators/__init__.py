@@ -1,0 +1,1 @@
+"""Evaluation: packed, sliding and test-time training, in one process or on a pool of actors."""

@@ -218,11 +218,13 @@ def _library(distribution: str, module: str, purpose: str) -> Finding:
 def _cluster(address: str) -> Iterator[Finding]:
     """The nodes of a running cluster; joined for as long as this takes."""
     from golf_ray.cluster import connect
+    from golf_ray.preflight import find_problems, inspect_nodes
     from golf_ray.resources import cluster_nodes
 
     try:
         with connect(address) as cluster:
             nodes = cluster_nodes()
+            driver, reports = inspect_nodes()
     except GolfRayError as error:
         yield Finding(name="cluster", status="missing", detail=error.problem, remedy=error.remedy)
         return
@@ -233,9 +235,13 @@ def _cluster(address: str) -> Iterator[Finding]:
         detail=f"{cluster.address}: {len(nodes)} node{'s'[: len(nodes) != 1]}, "
         f"{total['CPU']:g} CPUs, {total['GPU']:g} GPUs",
     )
+    versions = {report.node: report.versions for report in reports}
     for node in nodes:
-        cpus, gpus = (node.resources.get(kind, 0.0) for kind in ("CPU", "GPU"))
-        yield Finding(name="node", status="ok", detail=f"{node.name}: {cpus:g} CPUs, {gpus:g} GPUs")
+        has = [f"{node.resources.get(kind, 0.0):g} {kind}s" for kind in ("CPU", "GPU")]
+        has += [f"{name} {version}" for name, version in versions.get(node.name, {}).items()]
+        yield Finding(name="node", status="ok", detail=f"{node.name}: {', '.join(has)}")
+    for problem in find_problems(driver, reports):
+        yield Finding(name="node", status="missing", detail=problem.problem, remedy=problem.remedy)
 
 
 # Data and disk ----------------------------------------------------------------------------------

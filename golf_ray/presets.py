@@ -84,14 +84,14 @@ LAPTOP = Config(
     train=TrainConfig(
         batch_tokens=4096,
         micro_batches=2,
-        iterations=50,
+        iterations=40,
         max_wallclock_s=None,
         muon_momentum=0.95,
         muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=20,
         ema_decay=0.9,
-        val_every_steps=25,
-        checkpoint_every_steps=25,
+        val_every_steps=20,
+        checkpoint_every_steps=20,
         log_every_steps=5,
     ),
     quantization=QuantizationConfig(

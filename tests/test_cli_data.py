@@ -41,7 +41,7 @@ def test_what_was_built_is_found_good(built: Path) -> None:
     done = golf_ray("data", "verify", "--data-dir", built, "--json")
     assert done.status == 0 and done.json["ok"] and done.json["val"]["documents"] == 1
     text = golf_ray("data", "verify", "--data-dir", built).out
-    assert "1 documents" in text and "PROBLEM" not in text
+    assert "1 document, 0 repeated" in text and "PROBLEM" not in text
 
 
 def test_build_says_what_it_made(texts: Path, tmp_path: Path) -> None:

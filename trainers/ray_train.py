@@ -31,10 +31,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.exceptions import (
-    InsufficientClusterResourcesError,
-    WorkerGroupStartupTimeoutError,
-)
+from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
 from ray.train.v2.api.config import (
     CheckpointConfig,
     FailureConfig,
@@ -59,7 +56,7 @@ from trainers.local import CHECKPOINTS, KEEP, RESULT_FILE, checkpoint_name
 from trainers.loop import TrainingResult
 from trainers.ray_channel import Channel
 from trainers.ray_watch import RunWatch
-from trainers.ray_worker import CHECKPOINT_LAST, WorkerJob, train_worker
+from trainers.ray_worker import WorkerJob, train_worker
 from trainers.run_record import OnProgress, RunRecord, TrainingOutcome
 from trainers.state import CONFIG_FILE, FINAL_FILE, differing_fields
 from trainers.storage import Storage
@@ -113,7 +110,7 @@ def train_on_ray(
         _begin_run(storage, config)
     record = RunRecord(storage, on_progress)
     record.event("run", resumed=resume, num_workers=config.cluster.num_workers)
-    job = _job(config, storage, shards, initial, newest_checkpoint(storage) if resume else None)
+    job = _job(config, storage, shards, initial)
     try:
         returned = _Fit(config, job, record).run()
     except BaseException as error:
@@ -155,15 +152,6 @@ def _resume_run(storage: Storage, config: Config) -> TrainingOutcome | None:
         return TrainingOutcome.from_dict(json.loads(outcome))
     # Ray's own account of checkpoints may be behind, and refuses to load where one is missing.
     storage.child(CHECKPOINTS).remove(SNAPSHOT)
-    return None
-
-
-def newest_checkpoint(storage: Storage) -> str | None:
-    """Name of the newest complete checkpoint folder of a run."""
-    place = storage.child(CHECKPOINTS)
-    for name in reversed(place.names("step_")):
-        if place.child(name).exists(CHECKPOINT_LAST):
-            return name
     return None
 
 
@@ -216,7 +204,6 @@ def _job(
     storage: Storage,
     shards: Sequence[Path],
     initial: Mapping[str, Tensor] | None,
-    resume_from: str | None,
 ) -> WorkerJob:
     cluster = config.cluster
     device = cluster.device
@@ -231,7 +218,6 @@ def _job(
         device=device,
         threads=max(1, int(cluster.cpus_per_worker)),
         initial=None if initial is None else arrays_of(initial),
-        resume_from=resume_from,
     )
 
 
@@ -287,7 +273,12 @@ class _Fit:
         storage = Storage(self._job.run_uri)
         # Ray takes its own kind of callback here as well as a user's.
         callbacks: list[Any] = [
-            RunWatch(self._job.run_key, self._record.attempts_before, self._silence_s())
+            RunWatch(
+                self._job.run_key,
+                self._record.attempts_before,
+                self._silence_s(),
+                _unplaced(self._config),
+            )
         ]
         return TorchTrainer(
             train_worker,
@@ -365,15 +356,9 @@ class _Fit:
         inner = getattr(error, "controller_failure", error)
         if isinstance(inner, GolfRayError):
             return inner
-        cluster = self._config.cluster
         reason = self._record.last_reason
-        if isinstance(inner, (WorkerGroupStartupTimeoutError, InsufficientClusterResourcesError)):
-            gpus = f" and {cluster.gpus_per_worker:g} GPUs" if cluster.gpus_per_worker else ""
-            return ClusterError(
-                f"{cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs{gpus} each "
-                f"({cluster.placement}) were not placed within {cluster.start_timeout_s:g} s",
-                "free the cluster, ask for fewer workers, or raise cluster.start_timeout_s",
-            )
+        if isinstance(inner, InsufficientClusterResourcesError):
+            return _unplaced(self._config)
         restarts = len(self._record.restarts)
         again = f" after {restarts} restart{'s' * (restarts != 1)}" if restarts else ""
         if reason is None:
@@ -382,6 +367,16 @@ class _Fit:
             f"the training ended{again}: {reason}",
             "see events.jsonl in the run's folder; resume the run once that is mended",
         )
+
+
+def _unplaced(config: Config) -> ClusterError:
+    cluster = config.cluster
+    gpus = f" and {cluster.gpus_per_worker:g} GPUs" if cluster.gpus_per_worker else ""
+    return ClusterError(
+        f"{cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs{gpus} each "
+        f"({cluster.placement}) were not placed within {cluster.start_timeout_s:g} s",
+        "free the cluster, ask for fewer workers, or raise cluster.start_timeout_s",
+    )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
 
-from golf_ray.errors import GolfRayError
+from golf_ray.errors import ClusterError, GolfRayError
 from trainers.failures import Kind, WorkerFailure, judge
 from trainers.ray_channel import Channel, Message
 
@@ -37,13 +37,17 @@ class RunWatch(ControllerCallback, WorkerGroupCallback):
     Args:
         run_key: of the channel.
         attempts_before: of earlier drivers of the run.
-        hang_timeout_s: for the words only.
+        silence_s: how long a worker may say nothing, for the words only.
+        unplaced: what to end with when workers are not placed in time.
     """
 
-    def __init__(self, run_key: str, attempts_before: int, hang_timeout_s: float) -> None:
+    def __init__(
+        self, run_key: str, attempts_before: int, silence_s: float, unplaced: ClusterError
+    ) -> None:
         self._run_key = run_key
         self._attempt = attempts_before
-        self._hang_timeout_s = hang_timeout_s
+        self._silence_s = silence_s
+        self._unplaced = unplaced
         self._workers: list[Message] = []
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -98,8 +102,7 @@ class RunWatch(ControllerCallback, WorkerGroupCallback):
         """Workers that could not be started are not seen by a poll.
 
         Raises:
-            WorkerGroupStartupTimeoutError: they were not placed in time; waiting as long again
-                would not place them.
+            ClusterError: they were not placed in time; waiting as long again would not place them.
         """
         if not isinstance(current_state, ReschedulingState):
             return
@@ -109,14 +112,14 @@ class RunWatch(ControllerCallback, WorkerGroupCallback):
         timed_out = isinstance(cause, WorkerGroupStartupTimeoutError)
         self._channel().put("start_failed", reason=reason, restart=not timed_out)
         if timed_out:
-            raise cause
+            raise self._unplaced
 
     def _channel(self) -> Channel:
         return Channel(self._run_key, self._attempt, "watch")
 
     def _classify(self, rank: int, error: BaseException) -> WorkerFailure:
         worker = next((w for w in self._workers if w["rank"] == rank), {})
-        kind, text = classify(error, self._hang_timeout_s)
+        kind, text = classify(error, self._silence_s)
         return WorkerFailure(
             rank=rank,
             kind=kind,
@@ -127,7 +130,7 @@ class RunWatch(ControllerCallback, WorkerGroupCallback):
         )
 
 
-def classify(error: BaseException, hang_timeout_s: float) -> tuple[Kind, str]:
+def classify(error: BaseException, silence_s: float) -> tuple[Kind, str]:
     """What kind of failure an exception from a worker is, and how to say it."""
     if isinstance(error, WorkerHealthCheckFailedError):
         error = error.health_check_failure
@@ -135,7 +138,7 @@ def classify(error: BaseException, hang_timeout_s: float) -> tuple[Kind, str]:
     if isinstance(error, GolfRayError):
         return "refused", str(error)
     if isinstance(error, WorkerHealthCheckTimeoutError):
-        return "hung", f"gave no sign of life within {hang_timeout_s:g} s"
+        return "hung", f"gave no sign of life within {silence_s:g} s"
     if isinstance(error, RayActorError):
         return "died", _death(error)
     if isinstance(error, torch.distributed.DistError) or _is_communication(error):

@@ -28,6 +28,7 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
 from golf_ray.config import Config
@@ -63,8 +64,6 @@ class WorkerJob:
     threads: int
     initial: Arrays | None
     """Weights to begin with."""
-    resume_from: str | None
-    """Checkpoint folder of an earlier driver to begin with."""
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -118,16 +117,29 @@ def _device(job: WorkerJob, rank: int) -> torch.device:
 
 @contextlib.contextmanager
 def _checkpoint_folder(job: WorkerJob) -> Iterator[Path | None]:
-    """The checkpoint to go on from, as a folder on this machine."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None and job.resume_from is not None:
-        place = Storage(job.run_uri).child(CHECKPOINTS).child(job.resume_from)
-        checkpoint = ray.train.Checkpoint(path=place.path, filesystem=place.filesystem)
-    if checkpoint is None:
+    """The newest complete checkpoint, the same for all ranks, as a folder on this machine.
+
+    Ray's own last checkpoint may be older: it counts one only when its controller has looked.
+    """
+    run = Storage(job.run_uri)
+    rank = ray.train.get_context().get_world_rank()
+    name = broadcast_from_rank_zero(newest_checkpoint(run) if rank == 0 else None)
+    if name is None:
         yield None
         return
+    place = run.child(CHECKPOINTS).child(name)
+    checkpoint = ray.train.Checkpoint(path=place.path, filesystem=place.filesystem)
     with checkpoint.as_directory() as folder:
         yield Path(folder)
+
+
+def newest_checkpoint(run: Storage) -> str | None:
+    """Name of the newest complete checkpoint folder of a run."""
+    place = run.child(CHECKPOINTS)
+    for name in reversed(place.names("step_")):
+        if place.child(name).exists(CHECKPOINT_LAST):
+            return name
+    return None
 
 
 @contextlib.contextmanager

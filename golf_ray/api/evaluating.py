@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from golf_ray.api.machine import cpu_threads, pick_device
+from golf_ray.api.machine import connected, cpu_threads, pick_device
 from golf_ray.api.quantizing import Phase, Quantization, default_artifact, quantize
 from golf_ray.api.weights import StoredWeights, config_for, open_weights, opened
 from golf_ray.config import Config
@@ -20,10 +21,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from evaluators.packed import Progress
+    from evaluators.pool import PoolEvent
     from evaluators.result import EvaluationResult
     from golf_ray.adaptation.engine import AdapterInit
     from golf_ray.data.tokenizer import ByteTables
     from golf_ray.quantization.sizes import Sizes
+
+    OnEvent = Callable[[PoolEvent], None]
 
 Method = Literal["packed", "sliding", "ttt"]
 
@@ -68,6 +72,7 @@ def evaluate(
     force: bool = False,
     progress: Progress | None = None,
     quantize_progress: Phase | None = None,
+    on_event: OnEvent | None = None,
 ) -> Evaluation:
     """Score a checkpoint or an artifact on the validation stream of its configuration.
 
@@ -80,16 +85,30 @@ def evaluate(
         workers: Ray actors to share the work; None computes in this process.
         address: of a running Ray cluster, for workers.
         force: allow a model configuration other than the carried one.
+        progress: told of every batch, or document of `ttt`.
+        quantize_progress: told how quantisation goes on.
+        on_event: told of actors that are lost, and of what is done about it.
 
     Raises:
-        GolfRayError: something given cannot be used.
+        GolfRayError: something given cannot be used, or not everything could be scored.
     """
     weights = opened(checkpoint)
     config = config_for(weights, config, force=force)
     if adapter_init is not None and method != "ttt":
         raise UsageError(f"adapters have no part in '{method}' evaluation", "use --method ttt")
     # What cannot be scored is found out before minutes of quantisation.
-    job = _job(config, method, adapter_init, workers, address, progress)
+    tokens, tables = validation_stream(config)
+    job = _Job(
+        config=config,
+        method=method,
+        tokens=tokens,
+        tables=tables,
+        adapters=None if adapter_init is None else _read_adapters(Path(adapter_init), config),
+        workers=workers,
+        address=address,
+        progress=progress,
+        on_event=on_event,
+    )
     if not quantize_first:
         return _score(weights, job)
     with tempfile.TemporaryDirectory(prefix="golf-ray-") as folder:
@@ -124,48 +143,28 @@ class _Job:
     tokens: NDArray[np.uint16]
     tables: ByteTables
     adapters: AdapterInit | None
-    device: torch.device
     workers: int | None
     address: str | None
     progress: Progress | None
-
-
-def _job(
-    config: Config,
-    method: Method,
-    adapter_init: str | Path | None,
-    workers: int | None,
-    address: str | None,
-    progress: Progress | None,
-) -> _Job:
-    tokens, tables = validation_stream(config)
-    return _Job(
-        config=config,
-        method=method,
-        tokens=tokens,
-        tables=tables,
-        adapters=None if adapter_init is None else _read_adapters(Path(adapter_init), config),
-        device=pick_device(config),
-        workers=workers,
-        address=address,
-        progress=progress,
-    )
+    on_event: OnEvent | None
 
 
 def _score(weights: StoredWeights, job: _Job) -> Evaluation:
     from golf_ray.quantization.sizes import sizes_of
 
+    here = job.workers is None
+    device = pick_device(job.config)
     size = weights.model_bytes
     return Evaluation(
         checkpoint=weights.path,
-        result=_score_here(weights, job),
-        device=job.device.type,
+        result=_score_here(weights, job, device) if here else _score_on_ray(weights, job),
+        device=device.type if here else _device_of_actors(job.config),
         workers=job.workers,
         sizes=None if size is None else sizes_of(size, job.config),
     )
 
 
-def _score_here(weights: StoredWeights, job: _Job) -> EvaluationResult:
+def _score_here(weights: StoredWeights, job: _Job, device: torch.device) -> EvaluationResult:
     from evaluators.result import evaluate as evaluate_here
     from golf_ray.model.checkpoint import build_model
     from trainers.loop import compute_dtype
@@ -176,8 +175,8 @@ def _score_here(weights: StoredWeights, job: _Job) -> EvaluationResult:
             build_model(
                 model,
                 weights.state(model),
-                device=job.device,
-                compute_dtype=compute_dtype(job.config, job.device),
+                device=device,
+                compute_dtype=compute_dtype(job.config, device),
             ),
             job.config,
             job.method,
@@ -187,6 +186,34 @@ def _score_here(weights: StoredWeights, job: _Job) -> EvaluationResult:
             adapter_init=job.adapters,
             progress=job.progress,
         )
+
+
+def _score_on_ray(weights: StoredWeights, job: _Job) -> EvaluationResult:
+    from evaluators.ray_evaluation import evaluate_on_ray
+    from golf_ray.resources import evaluation_bundles
+
+    state = weights.state(job.config.model)
+    bundles = evaluation_bundles(job.config, job.workers)
+    with connected(job.address, bundles, "PACK", "evaluation"):
+        return evaluate_on_ray(
+            state,
+            job.config,
+            job.method,
+            tokens=job.tokens,
+            tables=job.tables,
+            weights=weights.kind,
+            num_actors=job.workers,
+            adapter_init=job.adapters,
+            progress=job.progress,
+            on_event=job.on_event,
+        )
+
+
+def _device_of_actors(config: Config) -> str:
+    cluster = config.cluster
+    if cluster.device == "auto":
+        return "cuda" if cluster.gpus_per_worker > 0 else "cpu"
+    return cluster.device
 
 
 def _read_adapters(path: Path, config: Config) -> AdapterInit:

@@ -78,7 +78,9 @@ def train(
     from trainers.ray_train import train_on_ray
 
     bundles = training_bundles(config)
-    with connected(address, bundles, config.cluster.placement, "training"):
+    with connected(
+        address, bundles, config.cluster.placement, "training", storage=run_dir, files=shards
+    ):
         outcome = train_on_ray(
             config, run_dir, shards=shards, resume=resume, on_progress=on_progress
         )
@@ -104,6 +106,7 @@ def _train_here(
 
     if "://" in run_dir:
         raise UsageError(f"{run_dir} is no folder of this machine", "train on Ray for that")
+    device = pick_device(config, strict=True)
     folder, pace = Path(run_dir), Pace(config, on_progress)
     with cpu_threads(max(1, int(config.cluster.cpus_per_worker))):
         result = train_in_process(
@@ -111,7 +114,7 @@ def _train_here(
             folder,
             shards,
             resume=resume,
-            device=pick_device(config),
+            device=device,
             validate=PackedValidation.of_config(config),
             on_step=pace.stepped,
             on_interval=pace.interval,

@@ -124,6 +124,7 @@ def evaluate(
     if per_document is not None:
         make_folder(per_document.parent)
     with progress_bar() as bar:
+        bar.update("starting", 0, 0)
 
         def scoring(done: int, total: int, score: Score) -> None:
             bar.update(method.value, done, total, f"{score.bpb:.4f} bpb")
@@ -140,6 +141,7 @@ def evaluate(
             force=force,
             progress=scoring,
             quantize_progress=bar.phase,
+            on_event=lambda event: bar.say(event.message) if event.kind != "ready" else None,
         )
     if per_document is not None:
         _write_documents(per_document, done)
@@ -156,7 +158,7 @@ def resolved_for(weights: StoredWeights, options: ConfigOptions) -> Config:
         CheckpointError: it is the weights' own and asks for code that the user did not name.
         GolfRayError: as `resolve_config`.
     """
-    from golf_ray.api import require_trusted
+    from golf_ray.api import fitted_to_machine, require_trusted
 
     if weights.config is None and not options.has_base:
         raise UsageError(
@@ -166,7 +168,7 @@ def resolved_for(weights: StoredWeights, options: ConfigOptions) -> Config:
     config = resolve_config(options, weights.config)
     if not options.names_parts:
         require_trusted(config, weights.path)
-    return config
+    return config if options.names_cluster else fitted_to_machine(config)
 
 
 def _write_documents(path: Path, done: Evaluation) -> None:

@@ -134,6 +134,12 @@ class ConfigOptions:
         named = (item.partition("=")[0].strip() for item in self.assignments)
         return self.has_base or "model.parts" in named
 
+    @property
+    def names_cluster(self) -> bool:
+        """Whether the section `cluster` is the user's word: public configurations have none."""
+        named = any(item.strip().startswith("cluster.") for item in self.assignments)
+        return named or self.preset is not None or self.config is not None
+
 
 def resolve_config(
     options: ConfigOptions,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from golf_ray.data.build import BuildReport, Progress
 
 TEXT_BYTES = 4_000_000
-VAL_DOCUMENTS = 16
+VAL_DOCUMENTS = 12
 NUM_TRIALS = 6
 EVALS_PER_TRAINING = 2
 

@@ -109,6 +109,8 @@ def run_sweep(plan: SweepPlan) -> int:
             num_samples=plan.num_trials,
             max_concurrent_trials=plan.max_concurrent,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
+            # Torch is loaded once, and not for every trial.
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=f"tune-{plan.name}", storage_path=str(plan.folder / "ray"), verbose=0

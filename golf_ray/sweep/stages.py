@@ -62,5 +62,5 @@ def evaluate_stage(config: Config, artifact: Path) -> dict[str, Any]:
         GolfRayError: it cannot be scored whole.
     """
     began_s = time.perf_counter()
-    scored = api.evaluate(artifact, config, method="ttt", workers=None)  # POOL
+    scored = api.evaluate(artifact, config, method="ttt", workers=config.cluster.eval_actors)
     return {**scored.to_dict(), "wall_s": time.perf_counter() - began_s}

@@ -1,0 +1,202 @@
+"""Who computes which unit of work: a state machine, events in and actions out. Knows no Ray.
+
+Units go to actors in a given order, a few at a time, so that the next one is there when one ends.
+When no unit is left to give out, an actor without work takes over one that another holds and has
+not begun. Whose result comes first counts; a unit is never counted twice.
+
+Invariant: while an actor is left and no unit has failed for good, every unit that has no result is
+either waiting or in some actor's hands.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+Unit = Hashable
+Actor = Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Give a unit to an actor, behind those that it holds."""
+
+    actor: Actor
+    unit: Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Take a unit that an actor has not begun from it; that it comes too late does no harm."""
+
+    actor: Actor
+    unit: Unit
+
+
+Action = Start | Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A unit that failed too often."""
+
+    unit: Unit
+    times: int
+    """How often it was tried."""
+    lost_actors: bool
+    """Whether actors died over it; otherwise it raised an error."""
+
+
+class Scheduler:
+    """The state of one pool's work.
+
+    Args:
+        units: in the order in which they are to begin, the longest first.
+        depth: units in the hands of an actor at most, the one it computes included.
+        max_losses: actors that a unit may lose before it is given up.
+        max_errors: errors that a unit may raise before it is given up.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], *, depth: int = 2, max_losses: int = 2, max_errors: int = 1
+    ) -> None:
+        assert depth >= 1 and len(set(units)) == len(units)
+        self._depth = depth
+        self._max_losses = max_losses
+        self._max_errors = max_errors
+        self._order = {unit: place for place, unit in enumerate(units)}
+        self._waiting = deque(units)
+        self._held: dict[Actor, list[Unit]] = {}
+        self._losses: dict[Unit, int] = {}
+        self._errors: dict[Unit, int] = {}
+        self._finished: set[Unit] = set()
+        self.given_up: GivenUp | None = None
+        self.retried = 0
+        """Units that were begun again after a loss or an error."""
+        self.stolen = 0
+        """Units that another actor took over."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every unit has its result."""
+        return len(self._finished) == len(self._order)
+
+    @property
+    def num_finished(self) -> int:
+        """Units with a result."""
+        return len(self._finished)
+
+    @property
+    def waiting(self) -> tuple[Unit, ...]:
+        """Units that no actor holds, in the order in which they will be given out."""
+        return tuple(self._waiting)
+
+    def held(self, actor: Actor) -> tuple[Unit, ...]:
+        """What an actor holds; the first is the one that it computes."""
+        return tuple(self._held.get(actor, ()))
+
+    @property
+    def actors(self) -> tuple[Actor, ...]:
+        """Actors that take part."""
+        return tuple(self._held)
+
+    def join(self, actor: Actor) -> list[Action]:
+        """An actor is ready."""
+        assert actor not in self._held
+        self._held[actor] = []
+        return self._give_out()
+
+    def finished(self, actor: Actor, unit: Unit) -> tuple[bool, list[Action]]:
+        """An actor has a result.
+
+        Returns:
+            whether it counts (it does not where another was first), and what to do.
+        """
+        self._drop(actor, unit)
+        counts = unit in self._order and unit not in self._finished
+        actions: list[Action] = []
+        if counts:
+            self._finished.add(unit)
+            if unit in self._waiting:
+                # It was on its way back after a loss that was none.
+                self._waiting.remove(unit)
+            actions = [Cancel(a, unit) for a, held in self._held.items() if unit in held[1:]]
+            for cancel in actions:
+                self._drop(cancel.actor, unit)
+        return counts, actions + self._give_out()
+
+    def failed(self, actor: Actor, unit: Unit) -> list[Action]:
+        """A unit raised an error on an actor, which goes on."""
+        self._drop(actor, unit)
+        if unit in self._finished:
+            return self._give_out()
+        self._errors[unit] = self._errors.get(unit, 0) + 1
+        if self._errors[unit] > self._max_errors:
+            self.given_up = GivenUp(unit, self._errors[unit], lost_actors=False)
+            return []
+        self._return([unit])
+        self.retried += 1
+        return self._give_out(avoid=(actor, unit))
+
+    def lost(self, actor: Actor) -> list[Action]:
+        """An actor is gone, with what it held."""
+        held = self._held.pop(actor, [])
+        if held and held[0] not in self._finished:
+            begun = held[0]
+            self._losses[begun] = self._losses.get(begun, 0) + 1
+            self.retried += 1
+            if self._losses[begun] > self._max_losses:
+                self.given_up = GivenUp(begun, self._losses[begun], lost_actors=True)
+                return []
+        self._return(held)
+        return self._give_out()
+
+    # Decisions ------------------------------------------------------------------------------
+
+    def _drop(self, actor: Actor, unit: Unit) -> None:
+        held = self._held.get(actor, [])
+        if unit in held:
+            held.remove(unit)
+
+    def _return(self, units: Iterable[Unit]) -> None:
+        """Put units back where the order has them, unless they are finished or held elsewhere."""
+        elsewhere = {unit for held in self._held.values() for unit in held}
+        back = [u for u in units if u not in self._finished and u not in elsewhere]
+        known = set(self._waiting)
+        merged = sorted([*self._waiting, *(u for u in back if u not in known)], key=self._place)
+        self._waiting = deque(merged)
+
+    def _place(self, unit: Unit) -> int:
+        return self._order[unit]
+
+    def _give_out(self, avoid: tuple[Actor, Unit] | None = None) -> list[Action]:
+        """Fill hands evenly: nobody gets a second unit while another has none."""
+        actions: list[Action] = []
+        while self._waiting:
+            open_hands = [a for a, held in self._held.items() if len(held) < self._depth]
+            if avoid is not None and self._waiting[0] == avoid[1] and len(self._held) > 1:
+                # Another actor may do better with what failed on this one.
+                open_hands = [a for a in open_hands if a != avoid[0]]
+            if not open_hands:
+                break
+            actor = min(open_hands, key=lambda a: len(self._held[a]))
+            actions.append(self._start(actor, self._waiting.popleft()))
+        if not self._waiting:
+            for actor in [a for a, held in self._held.items() if not held]:
+                actions += self._steal(actor)
+        return actions
+
+    def _steal(self, thief: Actor) -> list[Action]:
+        """Take the longest unit that waits behind another in somebody's hands."""
+        spare = [(u, a) for a, held in self._held.items() for u in held[1:]]
+        if not spare:
+            return []
+        unit, victim = min(spare, key=lambda pair: self._place(pair[0]))
+        self._drop(victim, unit)
+        self.stolen += 1
+        return [Cancel(victim, unit), self._start(thief, unit)]
+
+    def _start(self, actor: Actor, unit: Unit) -> Start:
+        self._held[actor].append(unit)
+        return Start(actor, unit)
