@@ -11,12 +11,16 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from golf_ray.errors import StorageError
+
+FULL_BYTES = 1 << 20
+"""A disk with less than this free is full."""
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
@@ -74,6 +78,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise storage_error(path, error) from None
+    except RuntimeError:
+        # torch's own writer reports a full disk as a failure of its archive.
+        if temporary is None or shutil.disk_usage(path.parent).free >= FULL_BYTES:
+            raise
+        raise storage_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from None
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

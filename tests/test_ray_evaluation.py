@@ -121,10 +121,10 @@ def sleeper(seconds: float, mark: str) -> Any:
                 raise KeyError(mark)
             if payload == "refuse":
                 raise DataError("a wrong shard", "mend it")
-            if payload == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if payload == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
+            if payload in ("SIGKILL", "SIGSTOP"):
+                os.kill(os.getpid(), getattr(signal, payload))
+                # The thread that sends a signal may run on for a moment.
+                time.sleep(600)
             return payload, os.getpid(), self.parts
 
     return Sleeper
@@ -161,7 +161,7 @@ def test_an_error_that_a_user_can_mend_is_itself_and_at_once(cluster: str) -> No
 def test_a_unit_that_kills_its_actors_is_named(cluster: str) -> None:
     events: list[PoolEvent] = []
     with pool(2, on_event=events.append) as running, pytest.raises(EvaluationFailed) as caught:
-        running.run({0: "die", 1: "a", 2: "b"}, describe=lambda unit: f"document {unit}")
+        running.run({0: "SIGKILL", 1: "a", 2: "b"}, describe=lambda unit: f"document {unit}")
     assert "document 0 cost an actor each time, 3 times" in str(caught.value)
     assert sum(e.kind == "lost" for e in events) == 3
 
@@ -171,7 +171,7 @@ def test_an_actor_that_is_stopped_is_replaced(cluster: str) -> None:
     began = time.monotonic()
     with pool(2, hang_timeout_s=3.0, on_event=events.append) as running:
         with pytest.raises(EvaluationFailed, match="document 0 cost an actor"):
-            running.run({0: "stop", 1: "a"}, describe=lambda unit: f"document {unit}")
+            running.run({0: "SIGSTOP", 1: "a"}, describe=lambda unit: f"document {unit}")
     lost = [e for e in events if e.kind == "lost"]
     assert len(lost) == 3 and "gave no sign of life for 3 s" in lost[0].message
     assert time.monotonic() - began < 90

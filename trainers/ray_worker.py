@@ -28,6 +28,7 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import get_device
 
@@ -254,7 +255,9 @@ class RayReporter(Reporter):
         while not self._ended.wait(PULSE_S):
             if self._world.rank == 0 and self._steps and self._steps[-1] != sent:
                 sent = self._steps[-1]
-                self._channel.put_progress(**self._progress(sent[1]))
+                # A progress bar that misses a beat is no reason to end, nor to stop watching.
+                with contextlib.suppress(RayError):
+                    self._channel.put_progress(**self._progress(sent[1]))
             limit_s = self._config.cluster.hang_timeout_s
             if not self._began:
                 # Before the first step there is loading, and on a GPU compiling.
@@ -294,10 +297,17 @@ class RayReporter(Reporter):
         """Say where the loop stands, then end this process."""
         where, waiting = _standing(sys._current_frames().get(self._loop_thread))
         step = self._steps[-1][1] if self._steps else 0
-        self._channel.put(
-            "stuck", rank=self._world.rank, host=socket.gethostname(), pid=os.getpid(), step=step,
-            seconds=quiet_s, where=where, waiting=waiting,
-        )  # fmt: skip
+        with contextlib.suppress(RayError):
+            self._channel.put(
+                "stuck",
+                rank=self._world.rank,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                step=step,
+                seconds=quiet_s,
+                where=where,
+                waiting=waiting,
+            )
         os.kill(os.getpid(), signal.SIGKILL)
 
 
