@@ -6,6 +6,7 @@ What Ray reads from the environment is set here, before anything imports it.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from golf_ray.cluster_guard import clean_up
 
 for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}.items():
     os.environ.setdefault(name, value)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HEAD_CPUS, GPU_NODE_CPUS, GPU_NODE_GPUS = 8, 8, 8
 FREE_WITHIN_S = 5.0
