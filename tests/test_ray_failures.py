@@ -65,7 +65,7 @@ def test_errors_are_told_apart(error: BaseException, kind: Kind) -> None:
 
 
 def interval(attempt: int, step: int) -> dict[str, Any]:
-    record = {"step": step, "val_bpb": None}
+    record = {"step": step, "attempt": attempt}
     return {"kind": "interval", "attempt": attempt, "unix_s": 1.0, "record": record}
 
 
@@ -101,6 +101,18 @@ def test_steps_that_are_redone_are_recorded_once(tmp_path: Path) -> None:
     ]  # fmt: skip
     again = RunRecord(Storage(tmp_path), None)
     assert again.attempts_before == 2 and again.intervals.values == record.intervals.values
+
+
+def test_what_a_killed_driver_did_not_take_comes_out_of_the_checkpoint(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    carried = b"".join(b'{"step": %d, "attempt": 1}\n' % step for step in (1, 2, 3, 4))
+    storage.write_bytes("checkpoints/step_00000004/intervals.jsonl", carried)
+    record = RunRecord(storage, None)
+    for message in (began(1, 0, 10.0), *(interval(1, s) for s in (1, 2))):
+        record.take(message)
+    again = RunRecord(storage, None)
+    again.take(began(2, 4, 99.0))
+    assert [r["step"] for r in again.intervals.values] == [1, 2, 3, 4]
 
 
 def test_of_workers_that_end_themselves_the_one_that_does_not_wait_is_the_cause(

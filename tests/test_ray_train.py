@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import unfree_resources
+from ray_processes import launch, notes_of, require_gone
 from reference import FOLDER, TRAIN_SHARDS, training_states
-from test_ray_cluster import launch, notes_of, require_gone
 from torch import Tensor
 
+from golf_ray.api.machine import cpu_threads
 from golf_ray.config import Config
 from golf_ray.errors import CheckpointError, ClusterError, TrainingFailed, UsageError
 from golf_ray.model.checkpoint import read_state
@@ -260,7 +261,8 @@ def test_eight_workers_on_eight_gpus_train_as_one(cluster: str, tmp_path: Path) 
             "cluster.hang_timeout_s": 60.0,
         }
     )
-    train_in_process(one, tmp_path / "one", TRAIN_SHARDS)
+    with cpu_threads(1):
+        train_in_process(one, tmp_path / "one", TRAIN_SHARDS)
     outcome = train_on_ray(eight, tmp_path / "eight")
     assert outcome.restarts == ()
     assert losses(tmp_path / "eight")[0] == pytest.approx(losses(tmp_path / "one")[0], rel=1e-6)
@@ -282,7 +284,8 @@ def test_three_workers_and_a_storage_that_is_no_disk(cluster: str, tmp_path: Pat
         }
     )
     three = one.with_overrides({"cluster.num_workers": 3})
-    train_in_process(one, tmp_path / "one", TRAIN_SHARDS)
+    with cpu_threads(1):
+        train_in_process(one, tmp_path / "one", TRAIN_SHARDS)
     outcome = train_on_ray(three, f"local://{tmp_path}/three")
     assert outcome.final_model == f"local://{tmp_path}/three/final_model.pt"
     assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

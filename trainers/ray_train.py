@@ -340,12 +340,16 @@ class _Fit:
             )
 
     def _abort(self) -> None:
-        """Stop workers and controller, and wait for it."""
+        """Stop workers and controller, wait for it, and keep what they said."""
+        self._record.tell_nobody()
         with contextlib.suppress(RayError, TimeoutError):
             controller = self._channel.controller()
             if controller is not None:
                 ray.get(controller.abort.remote(), timeout=ABORT_S)
         self._thread.join(ABORT_S)
+        with contextlib.suppress(RayError):
+            for message in self._channel.take():
+                self._record.take(message)
 
     def _clear(self) -> None:
         with contextlib.suppress(RayError):

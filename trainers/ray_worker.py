@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -37,7 +38,8 @@ from golf_ray.errors import ClusterError, TrainingFailed
 from golf_ray.model.arrays import Arrays, tensors_of
 from golf_ray.optim import world as world_module
 from golf_ray.optim.world import World
-from trainers.local import CHECKPOINTS, checkpoint_name, write_checkpoint
+from golf_ray.records import atomic_write_text, read_jsonl
+from trainers.local import CHECKPOINTS, INTERVALS_FILE, checkpoint_name, write_checkpoint
 from trainers.loop import TrainingRun
 from trainers.ray_channel import Channel, Message
 from trainers.reporting import Interval, Reporter, WriteFolder
@@ -98,7 +100,7 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
             with _checkpoint_folder(job) as folder:
                 if folder is not None:
                     run.resume(folder)
-                    reporter.elapsed_before_s = run.clock.elapsed_s()
+                    reporter.resume(folder, run.clock.elapsed_s())
             result = run.run()
     return dataclasses.asdict(result)
 
@@ -171,7 +173,8 @@ class RayReporter(Reporter):
         self._steps: deque[tuple[float, int]] = deque(maxlen=1024)
         self._num_steps = 0
         self._loss = math.nan
-        self.elapsed_before_s = 0.0
+        self._records: list[dict[str, Any]] = []
+        self._elapsed_before_s = 0.0
         self._clock_at = (time.monotonic(), 0.0)
         self._beat_s = time.monotonic()
         self._began = False
@@ -191,10 +194,19 @@ class RayReporter(Reporter):
         self._ended.set()
         self._pulse.join()
 
+    def resume(self, folder: Path, elapsed_s: float) -> None:
+        """Take up a checkpoint's own records.
+
+        Args:
+            elapsed_s: training time before it.
+        """
+        self._elapsed_before_s = elapsed_s
+        self._records = list(read_jsonl(folder / INTERVALS_FILE))
+
     def begin(self, step: int, num_steps: int) -> None:
         """Say where the attempt begins."""
         self._num_steps = num_steps
-        self._clock_at = (time.monotonic(), self.elapsed_before_s)
+        self._clock_at = (time.monotonic(), self._elapsed_before_s)
         self._advance(step)
         if self._world.rank == 0:
             self._channel.put("began", step=step, num_steps=num_steps)
@@ -206,11 +218,13 @@ class RayReporter(Reporter):
         self._advance(step)
 
     def interval(self, interval: Interval) -> None:
-        """Send the record: once this returns, the driver will have it."""
+        """Send the record, and keep it for the checkpoint: the driver may not live to take it."""
         self._beat_s = time.monotonic()
         self._clock_at = (time.monotonic(), interval.elapsed_s)
         if self._world.rank == 0:
-            self._channel.put("interval", record=interval.to_dict())
+            record = {**interval.to_dict(), "attempt": self._channel.attempt}
+            self._records.append(record)
+            self._channel.put("interval", record=record)
 
     def checkpoint(self, step: int, write: WriteFolder, *, final: bool) -> None:
         """Write on rank 0, then report on all.
@@ -235,11 +249,17 @@ class RayReporter(Reporter):
     def _commit(self, step: int, write: WriteFolder) -> ray.train.Checkpoint:
         """Bring a checkpoint to its place under its name."""
         place = Storage(self._job.run_uri).child(CHECKPOINTS)
+
+        def write_all(folder: Path) -> None:
+            write(folder)
+            lines = "".join(json.dumps(record) + "\n" for record in self._records)
+            atomic_write_text(folder / INTERVALS_FILE, lines)
+
         if place.local is not None:
-            write_checkpoint(place.local, step, write)
+            write_checkpoint(place.local, step, write_all)
         else:
             with tempfile.TemporaryDirectory(prefix="golf-ray-") as folder:
-                write(Path(folder))
+                write_all(Path(folder))
                 upload(place, checkpoint_name(step), Path(folder))
         target = place.child(checkpoint_name(step))
         return ray.train.Checkpoint(path=target.path, filesystem=target.filesystem)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from trainers.failures import Restart
-from trainers.local import INTERVALS_FILE
+from trainers.local import CHECKPOINTS, INTERVALS_FILE, checkpoint_name
 from trainers.loop import TrainingResult
-from trainers.storage import LineFile, Storage
+from trainers.storage import LineFile, Storage, parse_lines
 
 EVENTS_FILE = "events.jsonl"
 
@@ -88,6 +88,7 @@ class RunRecord:
     """
 
     def __init__(self, storage: Storage, on_progress: OnProgress | None) -> None:
+        self._storage = storage
         self.intervals = LineFile(storage, INTERVALS_FILE)
         self.events = LineFile(storage, EVENTS_FILE)
         self.restarts: list[Restart] = []
@@ -112,8 +113,7 @@ class RunRecord:
         self.last_message_s = time.monotonic()
         kind = message["kind"]
         if kind == "interval":
-            values = {**message["record"], "attempt": message["attempt"]}
-            self.intervals.append(values)
+            self.intervals.append(message["record"])
             return
         self.events.append(message)
         if kind == "began":
@@ -149,6 +149,10 @@ class RunRecord:
         """Why the last attempt failed, where it is known to have."""
         return None if self._failure is None else self.reason(self._failure)
 
+    def tell_nobody(self) -> None:
+        """Keep records only, from now on: the caller is about to leave."""
+        self._on_progress = None
+
     def flush(self) -> None:
         """Write what is due."""
         self.intervals.flush()
@@ -161,8 +165,7 @@ class RunRecord:
 
     def _began(self, message: Message) -> None:
         step = message["step"]
-        kept = [r for r in self.intervals.values if r["step"] <= step]
-        self.intervals.replace(kept)
+        self.intervals.replace(self._records_until(step))
         self.num_steps = message["num_steps"]
         self._phase = "training"
         if self._failure is not None:
@@ -183,6 +186,14 @@ class RunRecord:
         elif not self.start_s:
             self.start_s = time.monotonic() - self._asked_s
         self.step = step
+
+    def _records_until(self, step: int) -> list[Any]:
+        """Records of steps that a checkpoint stands on: those here, and those that it carries in
+        case a driver before this one did not live to take them."""
+        name = f"{CHECKPOINTS}/{checkpoint_name(step)}/{INTERVALS_FILE}"
+        carried = parse_lines(self._storage.read_bytes(name) or b"")
+        known = {r["step"]: r for r in [*carried, *self.intervals.values] if r["step"] <= step}
+        return [known[s] for s in sorted(known)]
 
     def _failed(self, message: Message) -> None:
         if self._failure is None:

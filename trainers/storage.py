@@ -160,7 +160,7 @@ class LineFile:
         self._name = name
         self._dirty_since_s: float | None = None
         data = storage.read_bytes(name) or b""
-        self.values: list[Any] = _lines(data)
+        self.values: list[Any] = parse_lines(data)
 
     def append(self, value: Any) -> None:
         """Add a line: on disk at once, in an object store soon."""
@@ -189,8 +189,8 @@ class LineFile:
         self._dirty_since_s = None
 
 
-def _lines(data: bytes) -> list[Any]:
-    """All whole lines; a torn last one is left out."""
+def parse_lines(data: bytes) -> list[Any]:
+    """All whole lines of a line file; a torn last one is left out."""
     values = []
     for line in data.split(b"\n"):
         with contextlib.suppress(json.JSONDecodeError):
