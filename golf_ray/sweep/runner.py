@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from golf_ray.config import Config
-from golf_ray.errors import GolfRayError
 from golf_ray.records import atomic_write_json, make_folder
 from golf_ray.sweep.search import TRIAL_KEY, StagedOptunaSearch, num_trainings
 from golf_ray.sweep.space import Space
@@ -129,13 +128,3 @@ def _trainable(point: dict[str, Any], plan: SweepPlan) -> dict[str, Any]:
     spec = TrialSpec(number=number, knobs=knobs, config=plan.base.with_overrides(knobs))
     record = run_trial(spec, StageStore(plan.stages_folder), plan.record_path(number))
     return {OBJECTIVE: record[OBJECTIVE], "total_bytes": record["total_bytes"]}
-
-
-def check_folder(folder: Path) -> None:
-    """See that a sweep's folder is fresh.
-
-    Raises:
-        GolfRayError: it holds a sweep already.
-    """
-    if (folder / "sweep.json").exists():
-        raise GolfRayError(f"{folder} holds a sweep already", "choose another folder")

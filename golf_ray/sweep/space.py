@@ -141,8 +141,3 @@ def _find(name: str) -> tuple[types.ModuleType, str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, attribute
-
-
-def point_in(space: Space, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The space's knobs out of a larger mapping, in the space's order."""
-    return {knob: config[knob] for knob in space.distributions}

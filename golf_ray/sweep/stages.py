@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from golf_ray import api
+from golf_ray.api.weights import FINAL_FILE
 from golf_ray.config import Config
 from golf_ray.records import make_folder
 
-FINAL_FILE = "final_model.pt"
 ARTIFACT_FILE = "final_model.int6.ptz"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,15 @@ class StageStore:
         return StageOutput(
             folder=folder, fingerprint=done["fingerprint"], result=done["result"], reused=True
         )
+
+    def get(
+        self, stage: str, key: Mapping[str, Any], compute: Callable[[Path], dict[str, Any]]
+    ) -> StageOutput:
+        """A stage of this key: found, or computed into its folder and marked as finished."""
+        found = self.find(stage, key)
+        if found is not None:
+            return found
+        return self.finish(stage, key, compute(self.folder(stage, key)))
 
     def finish(self, stage: str, key: Mapping[str, Any], result: dict[str, Any]) -> StageOutput:
         """Mark a stage as finished; its files are in its folder already."""

@@ -109,10 +109,7 @@ def _train(config: Config, store: StageStore, record: TrialRecord) -> StageOutpu
 
     key = training_key(config)
     record.update(training=store.folder("train", key).name)
-    output = store.find("train", key)
-    if output is None:
-        result = train_stage(config, store.folder("train", key))
-        output = store.finish("train", key, result)
+    output = store.get("train", key, lambda folder: train_stage(config, folder))
     record.update(
         stage="quantize",
         trained=not output.reused,
@@ -135,10 +132,9 @@ def _quantize(
         "training": trained.fingerprint,
         "code": code_version(),
     }
-    output = store.find("quantize", key)
-    if output is None:
-        result = quantize_stage(config, trained.folder, store.folder("quantize", key))
-        output = store.finish("quantize", key, result)
+    output = store.get(
+        "quantize", key, lambda folder: quantize_stage(config, trained.folder, folder)
+    )
     record.update(
         stage="evaluate",
         quantize_s=0.0 if output.reused else output.result["quantize_s"],
@@ -162,10 +158,8 @@ def _evaluate(
         "artifact": quantized.fingerprint,
         "code": code_version(),
     }
-    output = store.find("evaluate", key)
-    if output is None:
-        result = evaluate_stage(config, quantized.folder / ARTIFACT_FILE)
-        output = store.finish("evaluate", key, result)
+    artifact = quantized.folder / ARTIFACT_FILE
+    output = store.get("evaluate", key, lambda _: evaluate_stage(config, artifact))
     record.update(
         evaluate_s=0.0 if output.reused else output.result["wall_s"],
         ttt_bpb=output.result["val_bpb"],
