@@ -37,7 +37,7 @@ from golf_ray.errors import ClusterError
 from golf_ray.metric import Score, total
 from golf_ray.model.arrays import Arrays, arrays_of, tensors_of
 from golf_ray.model.checkpoint import build_model
-from trainers.loop import compute_dtype
+from golf_ray.model.compute import choose_compute
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +86,7 @@ class EvaluationWorker:
             setup.config.model,
             tensors_of(weights),
             device=device,
-            compute_dtype=compute_dtype(setup.config, device),
+            compute=choose_compute(setup.config, device),
         )
         self._adapter_init: AdapterInit | None = None
         if adapter_init is not None:

@@ -27,6 +27,7 @@ from golf_ray.sections import (
     ClusterConfig,
     DataConfig,
     EvaluationConfig,
+    KernelConfig,
     ModelConfig,
     QuantizationConfig,
     TrainConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "KernelConfig",
     "ModelConfig",
     "QuantizationConfig",
     "TrainConfig",
@@ -60,6 +62,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)

@@ -156,8 +156,25 @@ class DataConfig:
 class AttentionConfig:
     """Which implementation computes attention."""
 
-    backend: Literal["auto", "sdpa"] = "auto"
-    """`auto` takes the fastest that this machine has; a name is an error where it is absent."""
+    backend: Literal["auto", "fa3", "varlen", "sdpa"] = "auto"
+    """`fa3` FlashAttention-3, `varlen` torch's variable-length attention, `sdpa` a call a segment;
+    `auto` takes the fastest that this machine has, a name is an error where it is absent."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelConfig:
+    """How the forward's other operations are computed; a matter of speed and of last bits."""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """`triton` for the fused kernels, `torch` for torch's own operations; `auto` takes the fused
+    ones where a GPU computes in bfloat16 or float16."""
+    compile: bool = False
+    """Let torch.compile fuse what is left of a training's forward and backward."""
+    graphs: bool = True
+    """On a GPU replay a micro-batch's kernels as a CUDA graph, where attention is `fa3` and the
+    kernels are the fused ones."""
+    cache: str | None = None
+    """Folder or URI where compiled code is kept for other runs and hosts; null for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +247,10 @@ class TrainConfig:
     """Steps between checkpoints; null for one at the end only."""
     log_every_steps: int = 50
     """Steps between interval records."""
+    min_tokens_per_s: float | None = None
+    """Speed over all workers under which the run ends as on too slow a host; null for none."""
+    speed_check_steps: int = 20
+    """First steps over which that speed is measured, the very first left out."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -243,7 +264,9 @@ class TrainConfig:
             "val_every_steps",
             "checkpoint_every_steps",
             "log_every_steps",
+            "min_tokens_per_s",
         )
+        require_at_least("train", self, 2, "speed_check_steps")
         require_at_least(
             "train",
             self,

@@ -11,6 +11,7 @@ from golf_ray.config import AdaptationConfig, ModelConfig
 from golf_ray.data.documents import document_bounds
 from golf_ray.data.shards import BOS_ID
 from golf_ray.data.tokenizer import ByteTables
+from golf_ray.model.compute import Compute
 from golf_ray.model.model import GolfModel
 
 VOCAB_SIZE = 48
@@ -40,7 +41,7 @@ TABLES = ByteTables(
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> GolfModel:
     """A model of random weights that differ from one another everywhere."""
     generator = torch.Generator().manual_seed(seed)
-    model = GolfModel(SMALL, compute_dtype=dtype).init_weights(seed)
+    model = GolfModel(SMALL, compute=Compute(dtype=dtype)).init_weights(seed)
     with torch.no_grad():
         for name, tensor in model.tensors().items():
             noise = torch.randn(tensor.shape, generator=generator)

@@ -1,11 +1,12 @@
 """One Ray cluster for all tests that need one: two simulated nodes, one of them with 8 GPUs.
 
-What Ray reads from the environment is set here, before anything imports it.
+What Ray and Triton read from the environment is set here, before anything imports it.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -19,6 +20,10 @@ from golf_ray.cluster_guard import clean_up
 
 for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}.items():
     os.environ.setdefault(name, value)
+
+if shutil.which("nvidia-smi") is None:
+    # Kernels run in Triton's interpreter where there is no GPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell that runs the tests in the background has them, and what they start, ignore Ctrl-C.

@@ -13,6 +13,7 @@ from reference import arrays, tiny_model
 from torch import Tensor
 
 from golf_ray.errors import CheckpointError
+from golf_ray.model.compute import Compute
 from golf_ray.model.hooks import Hooks
 from golf_ray.model.model import GolfModel
 from golf_ray.model.parameters import matrix_specs
@@ -187,7 +188,7 @@ def test_gram_ignores_autocast_and_keeps_float32() -> None:
 
 def test_bfloat16_calibration_is_near(hessians: dict[str, Tensor]) -> None:
     model = tiny_model()
-    model.compute_dtype = torch.bfloat16
+    model.compute = Compute(dtype=torch.bfloat16)
     found = collect_hessians(model, CALIBRATION)
     for name, h_II in hessians.items():
         assert relative(found[name], h_II) <= 0.05, name

@@ -210,6 +210,9 @@ class AdapterHooks(Hooks):
         self._body = body
         self._head = head
 
+    def adapts(self, site: Site, slot: int) -> bool:
+        return (site, slot) in self._pairs
+
     def adapt(self, site: Site, slot: int, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         pair = self._pairs.get((site, slot))
         if pair is None:

@@ -167,7 +167,7 @@ def _score(weights: StoredWeights, job: _Job) -> Evaluation:
 def _score_here(weights: StoredWeights, job: _Job, device: torch.device) -> EvaluationResult:
     from evaluators.result import evaluate as evaluate_here
     from golf_ray.model.checkpoint import build_model
-    from trainers.loop import compute_dtype
+    from golf_ray.model.compute import choose_compute
 
     model = job.config.model
     with cpu_threads(job.config.evaluation.threads):
@@ -176,7 +176,7 @@ def _score_here(weights: StoredWeights, job: _Job, device: torch.device) -> Eval
                 model,
                 weights.state(model),
                 device=device,
-                compute_dtype=compute_dtype(job.config, device),
+                compute=choose_compute(job.config, device),
             ),
             job.config,
             job.method,

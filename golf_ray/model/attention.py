@@ -3,38 +3,140 @@
 The one module that knows attention implementations. Shapes: T tokens, N segments, H query heads,
 G key and value heads, d head dim. No T x T mask is ever built.
 
+- `fa3`: FlashAttention-3, on Hopper GPUs (`golf_ray.kernels.flash` finds it);
+- `varlen`: torch's own variable-length attention (FlashAttention-2), on NVIDIA GPUs;
+- `sdpa`: torch's scaled_dot_product_attention, segment by segment, everywhere.
+
 Invariant: without gradients a row's bits on a CPU follow from the rows of its segment up to it,
 wherever the segment ends and whatever the others hold.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from golf_ray.model.segments import Segments
+from golf_ray.errors import ConfigError
+from golf_ray.kernels import flash
+from golf_ray.model.segments import Segments, segment_lengths
+
+Backend = Literal["fa3", "varlen", "sdpa"]
+FASTEST_FIRST: tuple[Backend, ...] = ("fa3", "varlen", "sdpa")
 
 BLOCK_ROWS = 64
 """Query rows of one call of `_blocked`."""
+VARLEN_CAPABILITY = (8, 0)
+"""First NVIDIA generation that torch's variable-length attention runs on."""
 
 
-def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, segments: Segments) -> Tensor:
+def resolve_backend(
+    asked: Literal["auto"] | Backend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> Backend:
+    """The implementation to use: the one that was asked for, or for `auto` the fastest there is.
+
+    Raises:
+        ConfigError: the one asked for cannot be used; the line says why and how to get it.
+    """
+    if asked != "auto":
+        reason = why_not(asked, device, dtype, head_dim)
+        if reason is not None:
+            raise ConfigError(
+                f"attention.backend = '{asked}' cannot be used: it {reason}",
+                "or take attention.backend = auto",
+            )
+        return asked
+    return next(b for b in FASTEST_FIRST if why_not(b, device, dtype, head_dim) is None)
+
+
+def why_not(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Why a backend cannot be used here, in words that follow 'it'; None where it can."""
+    if backend == "fa3":
+        return flash.why_not(device, dtype, head_dim)
+    if backend == "varlen":
+        if device.type != "cuda":
+            return f"needs a GPU, and tensors are on {device.type}"
+        if torch.cuda.get_device_capability(device) < VARLEN_CAPABILITY:
+            return "needs an NVIDIA GPU of compute capability 8.0 or later"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
+        if _varlen() is None:
+            return "needs torch 2.10 or later"
+    return None
+
+
+def attend(
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    segments: Segments,
+    backend: Backend = "sdpa",
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, causal and inside each segment; [T, H, d].
 
-    With gradients each segment is a call of torch's scaled_dot_product_attention of its own, or
-    one of a batch where all have one length.
+    With gradients `sdpa` makes each segment a call of its own, or one of a batch where all have one
+    length.
     """
+    if backend == "fa3":
+        return flash.flash_attention(q_THd, k_TGd, v_TGd, segments.cu_seqlens, segments.max_seqlen)
     repeat = q_THd.shape[1] // k_TGd.shape[1]
+    if backend == "varlen":
+        return _varlen_attention(q_THd, k_TGd, v_TGd, segments)
     if repeat > 1:
         k_TGd, v_TGd = (t.repeat_interleave(repeat, dim=1) for t in (k_TGd, v_TGd))
-    lengths = segments.lengths()
+    if torch.compiler.is_compiling():
+        return _sdpa_op(q_THd, k_TGd, v_TGd, segments.cu_seqlens)
+    return _by_segments(q_THd, k_TGd, v_TGd, segments.lengths())
+
+
+# torch's variable-length attention --------------------------------------------------------------
+
+
+@functools.cache
+def _varlen() -> tuple[Any, frozenset[str]] | None:
+    """torch's function and the names of its parameters, which differ between versions."""
+    try:
+        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        return None
+    return function, frozenset(inspect.signature(function).parameters)
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    found = _varlen()
+    assert found is not None
+    function, parameters = found
+    settings: dict[str, Any] = {}
+    if "window_size" in parameters:
+        settings["window_size"] = (-1, 0)
+    else:
+        settings["is_causal"] = True
+    repeat = q.shape[1] // k.shape[1]
+    if "enable_gqa" in parameters:
+        settings["enable_gqa"] = repeat > 1
+    elif repeat > 1:
+        k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
+    bounds, longest = segments.cu_seqlens, segments.max_seqlen
+    return function(q, k, v, bounds, bounds, longest, longest, **settings)
+
+
+# scaled_dot_product_attention, segment by segment -----------------------------------------------
+
+
+def _by_segments(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, lengths: list[int]) -> Tensor:
     if not torch.is_grad_enabled() and q_THd.device.type == "cpu":
-        return _blocked(q_THd, k_TGd, v_TGd, lengths)
+        return _blocked(q_THd, k_THd, v_THd, lengths)
     if len(set(lengths)) == 1:
-        rows = [t.unflatten(0, (len(lengths), lengths[0])) for t in (q_THd, k_TGd, v_TGd)]
+        rows = [t.unflatten(0, (len(lengths), lengths[0])) for t in (q_THd, k_THd, v_THd)]
         return _sdpa(*rows).flatten(0, 1)
-    pieces = zip(*(t.split(lengths) for t in (q_THd, k_TGd, v_TGd)), strict=True)
+    pieces = zip(*(t.split(lengths) for t in (q_THd, k_THd, v_THd)), strict=True)
     outputs = [_sdpa(q[None], k[None], v[None])[0] for q, k, v in pieces]
     return torch.cat(outputs)
 
@@ -68,3 +170,66 @@ def _blocked(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, lengths: list[int]) ->
         y_NHSd = F.scaled_dot_product_attention(q_NHSd, k_NHSd, v_NHSd, attn_mask=mask)
         y[query_NS] = y_NHSd.transpose(1, 2)
     return y[:T]
+
+
+# For torch.compile: where segments lie is data, and one graph must hold for all data.
+
+
+@torch.library.custom_op("golf_ray::segment_attention", mutates_args=())
+def _sdpa_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return _by_segments(q, k, v, segment_lengths(cu_seqlens)).contiguous()
+
+
+@_sdpa_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("golf_ray::segment_attention_backward", mutates_args=())
+def _sdpa_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Inside of an op autograd does not record: the textbook's, a block of rows at a time.
+    dq, dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (q, k, v))
+    start = 0
+    for length in segment_lengths(cu_seqlens):
+        for begin in range(start, start + length, BLOCK_ROWS):
+            rows = slice(begin, min(begin + BLOCK_ROWS, start + length))
+            seen = slice(start, rows.stop)
+            found = _block_backward(dout[rows], q[rows], k[seen], v[seen])
+            dq[rows] = found[0]
+            dk[seen] += found[1]
+            dv[seen] += found[2]
+        start += length
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _block_backward(
+    dout_RHd: Tensor, q_RHd: Tensor, k_SHd: Tensor, v_SHd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the attention of R rows, the last of S that they may see."""
+    do, q, k, v = (t.float().transpose(0, 1) for t in (dout_RHd, q_RHd, k_SHd, v_SHd))
+    R, S, scale = q.shape[1], k.shape[1], q.shape[2] ** -0.5
+    future = torch.ones(R, S, dtype=torch.bool, device=q.device).triu(S - R + 1)
+    p = (q @ k.mT * scale).masked_fill(future, -torch.inf).softmax(-1)
+    dp = do @ v.mT
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+    return (ds @ k).transpose(0, 1), (ds.mT @ q).transpose(0, 1), (p.mT @ do).transpose(0, 1)
+
+
+@_sdpa_backward.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dout):  # type: ignore[no-untyped-def]
+    return *_sdpa_backward(dout, *ctx.saved_tensors), None
+
+
+_sdpa_op.register_autograd(_differentiate, setup_context=_setup)

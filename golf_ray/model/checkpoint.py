@@ -16,6 +16,7 @@ from torch import Tensor
 
 from golf_ray.config import Config, ModelConfig
 from golf_ray.errors import CheckpointError
+from golf_ray.model.compute import Compute
 from golf_ray.model.loading import load_tensors
 from golf_ray.model.model import GolfModel
 from golf_ray.model.parameters import check_tensors, tensor_specs
@@ -81,7 +82,7 @@ def build_model(
     state: Mapping[str, Tensor],
     *,
     device: torch.device | str = "cpu",
-    compute_dtype: torch.dtype = torch.float32,
+    compute: Compute | None = None,
     what: str = "the checkpoint",
 ) -> GolfModel:
     """A model for evaluation: these weights, frozen.
@@ -90,6 +91,6 @@ def build_model(
         CheckpointError: the weights do not fit the configuration.
     """
     check_state(config, state, what)
-    model = GolfModel(config, compute_dtype=compute_dtype)
+    model = GolfModel(config, compute=compute)
     model.load_state_dict(dict(state))
     return model.requires_grad_(False).to(device).eval()

@@ -22,6 +22,10 @@ class Hooks:
     def matrix_input(self, name: str, x_TI: Tensor) -> None:
         """Called with the input rows of matrix `name` (unbanked public name), once a pass."""
 
+    def adapts(self, site: Site, slot: int) -> bool:
+        """Whether `adapt` may change that output: where it does not, nothing waits for it."""
+        return type(self).adapt is not Hooks.adapt
+
     def adapt(self, site: Site, slot: int, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         """The output of a site after adaptation.
 

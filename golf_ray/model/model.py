@@ -8,56 +8,47 @@ Invariant: a token's output depends on no later token and on no other segment.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from golf_ray.config import ModelConfig
+from golf_ray.kernels.embedding import embed, embed_fused
+from golf_ray.kernels.heads import (
+    attention_fused,
+    prepare,
+    remove_own_value,
+    rotary_tables,
+    split_heads,
+)
+from golf_ray.kernels.loss import cross_entropy, cross_entropy_fused, head_losses_fused, softcap
+from golf_ray.kernels.mlp import mlp, mlp_fused
+from golf_ray.kernels.residual import Mix, fan_out, mix, mix_fused
 from golf_ray.model.attention import attend
+from golf_ray.model.compute import Compute
 from golf_ray.model.hooks import Hooks
 from golf_ray.model.layout import VirtualLayer, layer_plan
+from golf_ray.model.mixing import Entry, mixing
 from golf_ray.model.parameters import initial_state, tensor_specs
 from golf_ray.model.parts import Pass, overriding, resolve_parts
 from golf_ray.model.segments import Segments
 
 NO_HOOKS = Hooks()
+BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, torch's default eps, no weight."""
-    return F.rms_norm(x, (x.shape[-1],))
+@dataclasses.dataclass(frozen=True, slots=True)
+class Matrices:
+    """A layer's matrices in the forward's arithmetic, one entry a physical layer."""
 
-
-def rotary_tables(positions_T: Tensor, rope_dims: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, R / 2] of the angles pos * base^(-2t / R), in float32."""
-    t = torch.arange(0, rope_dims, 2, dtype=torch.float32, device=positions_T.device)
-    angles = positions_T.float()[:, None] * base ** (-t / rope_dims)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Rotate the first R dims of each head: halves (a, b) -> (a cos + b sin, b cos - a sin)."""
-    half = cos_TR.shape[-1]
-    if half == 0:
-        return x_THd
-    cos, sin = cos_TR[:, None].to(x_THd.dtype), sin_TR[:, None].to(x_THd.dtype)
-    a, b, rest = x_THd.split((half, half, x_THd.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
-
-
-def remove_own_value(y_THd: Tensor, v_TGd: Tensor) -> Tensor:
-    """XSA: the heads' outputs without their component along the token's own value."""
-    unit = F.normalize(v_TGd, dim=-1).repeat_interleave(y_THd.shape[1] // v_TGd.shape[1], dim=1)
-    return y_THd - (y_THd * unit).sum(-1, keepdim=True) * unit
-
-
-def softcap(z: Tensor, cap: float) -> Tensor:
-    """cap * tanh(z / cap) in float32."""
-    return cap * torch.tanh(z.float() / cap)
+    qkv: tuple[Tensor, ...]
+    """[(H + 2 G) d, D]: query, key and value, one product."""
+    out: tuple[Tensor, ...]
+    up: tuple[Tensor, ...]
+    down: tuple[Tensor, ...]
 
 
 class GolfModel(nn.Module):
@@ -65,13 +56,15 @@ class GolfModel(nn.Module):
 
     Args:
         config: the model's shape.
-        compute_dtype: arithmetic of the forward; weights are cast to it where they are used.
+        compute: arithmetic, attention and kernels of the forward.
     """
 
-    def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, *, compute: Compute | None = None) -> None:
         super().__init__()
         self.config = config
-        self.compute_dtype = compute_dtype
+        self.compute = compute or Compute()
+        self._plans = {loop: layer_plan(config, loop) for loop in (False, True)}
+        self._cast: tuple[object, Matrices] | None = None
         self.parts = resolve_parts(config.parts)
         self._tensors: dict[str, nn.Parameter] = {}
         for spec in tensor_specs(config):
@@ -106,7 +99,7 @@ class GolfModel(nn.Module):
 
     def weight(self, name: str) -> Tensor:
         """A tensor by public name in the forward's arithmetic."""
-        return self._tensors[name].to(self.compute_dtype)
+        return self._tensors[name].to(self.compute.dtype)
 
     # The passes -------------------------------------------------------------------------------
 
@@ -123,46 +116,53 @@ class GolfModel(nn.Module):
         """
         hooks = hooks or NO_HOOKS
         run = self._pass(tokens_T, segments, hooks)
-        banks = self._matrices()
+        matrices = self._matrices()
         rotary = rotary_tables(segments.positions_T, self.config.rope_dims, self.config.rope_base)
-        x0 = self._embed(tokens_T, run)
-        lanes: list[Tensor] = [x0]
+        plan = self._plans[loop]
+        tables = mixing(self.config, plan, self._small)
+        x0 = self._for_all(self._embed(tokens_T, run), len(plan))
+        # What the last layer left, of which the stream is a mix: first the embedding itself.
+        stream: list[Tensor] = [x0.pop()]
         kept: list[Tensor] = []
-        for step in layer_plan(self.config, loop):
-            if step.splits:
-                lanes = [lanes[0], lanes[0]]
-            if step.skip is not None:
-                lanes[0] = self._enter_skip(lanes[0], kept.pop(), step.skip)
+        for step, entry, after in zip(plan, tables.entries, tables.after_attention, strict=True):
+            entering = [kept.pop()] if entry.takes_skip else []
+            embedding = [x0.pop()] if entry.takes_embedding else []
+            mixed = self._mix([*stream, *entering, *embedding], entry, run)
+            if entry.keeps:
+                kept.append(mixed.pop(0))
             if step.lanes:
-                lanes = self._lane_layer(lanes, x0, step, banks, rotary, run, hooks)
+                lane0, lane1, mlp_input, attention_input = mixed
+                a = self._attention(attention_input, step, matrices, rotary, run, hooks)
+                stream = [lane0, lane1, a, self._mlp(mlp_input, step, matrices, run, hooks)]
             else:
-                lanes = [self._layer(lanes[0], x0, step, banks, rotary, run, hooks)]
-            if step.pushes_skip:
-                kept.append(lanes[0])
-        return self._norm(self._join(lanes), run)
+                u, attention_input = mixed
+                a = self._attention(attention_input, step, matrices, rotary, run, hooks)
+                y, mlp_input = self._mix([u, a], after, run)
+                stream = [y, self._mlp(mlp_input, step, matrices, run, hooks)]
+        (x,) = self._mix(stream, tables.last, run)
+        return x
 
     def logits(self, x_TD: Tensor, hooks: Hooks | None = None) -> Tensor:
         """Softcapped logits [T, V] in float32 of final normed hidden states."""
-        hooks = hooks or NO_HOOKS
-        config = self.config
-        x_TE = x_TD
-        if config.embedding_dim != config.model_dim:
-            x_TE = self._linear("head_proj.weight", x_TD, self.weight("head_proj.weight"), hooks)
-        head = "tok_emb.weight" if config.tie_embeddings else "lm_head.weight"
-        z_TV = self._linear(head, x_TE, self.weight(head), hooks)
-        z_TV = hooks.adapt("head", len(layer_plan(config, True)), x_TD, z_TV)
-        return softcap(z_TV, config.logit_softcap)
+        return softcap(self._raw_logits(x_TD, hooks or NO_HOOKS), self.config.logit_softcap)
 
     def token_losses(self, x_TD: Tensor, targets_T: Tensor, hooks: Hooks | None = None) -> Tensor:
         """Cross entropy in nats of each target, float32 [T]."""
-        return F.cross_entropy(self.logits(x_TD, hooks), targets_T, reduction="none")
+        hooks, cap = hooks or NO_HOOKS, self.config.logit_softcap
+        fused = self.compute.kernels == "triton"
+        if fused and not hooks.adapts("head", self._head_slot):
+            x_TE = self._head_input(x_TD, hooks)
+            name = self._head_name
+            hooks.matrix_input(name, x_TE)
+            return head_losses_fused(x_TE, self.weight(name), targets_T, cap)
+        losses = cross_entropy_fused if fused else cross_entropy
+        return losses(self._raw_logits(x_TD, hooks), targets_T, cap)
 
     def mean_loss(
         self, tokens_T: Tensor, targets_T: Tensor, segments: Segments, *, loop: bool
     ) -> Tensor:
         """Mean cross entropy in nats of a batch, float32."""
-        x_TD = self.hidden(tokens_T, segments, loop=loop)
-        return F.cross_entropy(self.logits(x_TD), targets_T)
+        return self.token_losses(self.hidden(tokens_T, segments, loop=loop), targets_T).mean()
 
     # Pieces of a pass -------------------------------------------------------------------------
 
@@ -172,126 +172,143 @@ class GolfModel(nn.Module):
 
         return Pass(self.config, tokens_T, segments, self.weight, linear)
 
-    def _matrices(self) -> dict[str, tuple[Tensor, ...]]:
+    def _small(self, name: str) -> Tensor:
+        """A small tensor at full precision, which mixes are made with."""
+        tensor = self._tensors[name]
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    def _matrices(self) -> Matrices:
+        """All layers' matrices; kept from pass to pass while they are frozen and unchanged."""
+        banks = [self._tensors[name] for name in BANKS]
+        if torch.is_grad_enabled() and any(bank.requires_grad for bank in banks):
+            return self._cast_matrices()
+        key = (self.compute.dtype, *((bank.data_ptr(), bank._version) for bank in banks))
+        if self._cast is None or self._cast[0] != key:
+            with torch.no_grad():
+                self._cast = (key, self._cast_matrices())
+        return self._cast[1]
+
+    def _cast_matrices(self) -> Matrices:
         # One cast and one unbind a bank: the backward of a slice would fill a bank of zeros.
-        names = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-        return {name: self.weight(name).unbind(0) for name in names}
+        L = self.config.num_layers
+        qo, kv, up, down = (self.weight(name) for name in BANKS)
+        qkv = torch.cat((qo[:L], kv[:L], kv[L:]), 1)
+        return Matrices(qkv.unbind(0), qo[L:].unbind(0), up.unbind(0), down.unbind(0))
 
     def _linear(self, name: str, x_TI: Tensor, w_OI: Tensor, hooks: Hooks) -> Tensor:
         hooks.matrix_input(name, x_TI)
-        return F.linear(x_TI, w_OI)
+        return nn.functional.linear(x_TI, w_OI)
 
-    def _norm(self, x_TD: Tensor, run: Pass) -> Tensor:
+    def _mix(self, tensors: Sequence[Tensor], entry: Entry, run: Pass) -> list[Tensor]:
+        combine = mix_fused if self.compute.kernels == "triton" else mix
         others = overriding(self.parts, "norm")
-        assert len(others) <= 1, "two parts replace the norm"
-        return others[0].norm(x_TD, run) if others else rms_norm(x_TD)
+        if not others:
+            return combine(tensors, entry.coefs_KD, entry.mixes)
+        assert len(others) == 1, "two parts replace the norm"
+        plain = [Mix(terms=m.terms) for m in entry.mixes]
+        outputs = []
+        for m, x in zip(entry.mixes, combine(tensors, entry.coefs_KD, plain), strict=True):
+            outputs += [x] if m.keep else []
+            outputs += [others[0].norm(x, run) * m.scale] if m.scale is not None else []
+        return outputs
+
+    def _for_all(self, x_TD: Tensor, count: int) -> list[Tensor]:
+        """The embedding, once for each layer that takes it."""
+        if self.compute.kernels == "triton" and not torch.compiler.is_compiling():
+            return fan_out(x_TD, count)
+        return [x_TD] * count
 
     def _embed(self, tokens_T: Tensor, run: Pass) -> Tensor:
-        x = rms_norm(F.embedding(tokens_T, self._tensors["tok_emb.weight"]).to(self.compute_dtype))
+        look_up = embed_fused if self.compute.kernels == "triton" else embed
+        x = look_up(self._tensors["tok_emb.weight"], tokens_T, self.compute.dtype)
         if self.config.embedding_dim != self.config.model_dim:
             x = run.linear("embed_proj.weight", x)
         for part in overriding(self.parts, "embedding"):
             x = part.embedding(x, run)
         return x
 
-    def _enter_skip(self, x_TD: Tensor, kept_TD: Tensor, row: int) -> Tensor:
-        skip = self.weight("skip_weights")[row] * kept_TD
-        if not self.config.skip_gates:
-            return x_TD + skip
-        return torch.lerp(skip, x_TD, torch.sigmoid(self.weight("skip_gates")[row]))
-
-    def _normed(self, x_TD: Tensor, layer: int, run: Pass) -> Tensor:
-        x_TD = self._norm(x_TD, run)
-        return x_TD / math.sqrt(layer + 1) if self.config.ln_scale else x_TD
-
-    def _mixed(self, x_TD: Tensor, x0_TD: Tensor, layer: int) -> Tensor:
-        m0, m1 = self.weight(f"blocks.{layer}.resid_mix").unbind(0)
-        return m0 * x_TD + m1 * x0_TD
-
-    def _layer(
-        self,
-        x_TD: Tensor,
-        x0_TD: Tensor,
-        step: VirtualLayer,
-        banks: dict[str, tuple[Tensor, ...]],
-        rotary: tuple[Tensor, Tensor],
-        run: Pass,
-        hooks: Hooks,
-    ) -> Tensor:
-        i = step.layer
-        u = self._mixed(x_TD, x0_TD, i)
-        attention = self._attention(self._normed(u, i, run), step, banks, rotary, run, hooks)
-        y = u + self.weight(f"blocks.{i}.attn_scale") * attention
-        mlp = self._mlp(self._normed(y, i, run), step, banks, run, hooks)
-        return y + self.weight(f"blocks.{i}.mlp_scale") * mlp
-
-    def _lane_layer(
-        self,
-        lanes: list[Tensor],
-        x0_TD: Tensor,
-        step: VirtualLayer,
-        banks: dict[str, tuple[Tensor, ...]],
-        rotary: tuple[Tensor, Tensor],
-        run: Pass,
-        hooks: Hooks,
-    ) -> list[Tensor]:
-        i = step.layer
-        n = self._normed(self._mixed(lanes[0], x0_TD, i), i, run)
-        a = self._attention(n, step, banks, rotary, run, hooks)
-        b = self._mlp(self._normed(lanes[1], i, run), step, banks, run, hooks)
-        a = self.weight(f"blocks.{i}.attn_scale") * a
-        b = self.weight(f"blocks.{i}.mlp_scale") * b
-        r_K = self.weight("parallel_resid_lambdas")[i]
-        p_JK = self.weight("parallel_post_lambdas")[i]
-        return [r_K[k] * lanes[k] + p_JK[0, k] * a + p_JK[1, k] * b for k in range(2)]
-
     def _attention(
         self,
         n_TD: Tensor,
         step: VirtualLayer,
-        banks: dict[str, tuple[Tensor, ...]],
+        matrices: Matrices,
         rotary: tuple[Tensor, Tensor],
         run: Pass,
         hooks: Hooks,
     ) -> Tensor:
-        config, i, slot, L = self.config, step.layer, step.slot, self.config.num_layers
-        qo, kv = banks["qo_bank"], banks["kv_bank"]
+        config, i = self.config, step.layer
         name = f"blocks.{i}.attn."
-        q = hooks.adapt("q", slot, n_TD, self._linear(name + "c_q.weight", n_TD, qo[i], hooks))
-        k = hooks.adapt("k", slot, n_TD, self._linear(name + "c_k.weight", n_TD, kv[i], hooks))
-        v = hooks.adapt("v", slot, n_TD, self._linear(name + "c_v.weight", n_TD, kv[L + i], hooks))
-        q_THd, k_TGd, v_TGd = (t.unflatten(-1, (-1, config.head_dim)) for t in (q, k, v))
-        q_THd, k_TGd = rotate(rms_norm(q_THd), *rotary), rotate(rms_norm(k_TGd), *rotary)
-        q_THd = q_THd * self.weight(name + "q_gain")[:, None]
-        y_THd = attend(q_THd, k_TGd, v_TGd, run.segments)
-        if i >= L - config.xsa_last_n:
-            y_THd = remove_own_value(y_THd, v_TGd)
+        qkv = self._queries_keys_values(n_TD, step, matrices.qkv[i], hooks)
+        own_value = i < config.num_layers - config.xsa_last_n
+        if self.compute.kernels == "triton" and self.compute.attention == "fa3":
+            y_THd = attention_fused(
+                qkv,
+                self._small(name + "q_gain"),
+                *rotary,
+                run.segments.cu_seqlens,
+                run.segments.max_seqlen,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                own_value=own_value,
+            )
+        else:
+            q_THd, k_TGd, v_TGd = split_heads(qkv, config.num_kv_heads, config.head_dim)
+            q_THd, k_TGd = prepare(q_THd, k_TGd, self.weight(name + "q_gain"), *rotary)
+            y_THd = attend(q_THd, k_TGd, v_TGd, run.segments, self.compute.attention)
+            if not own_value:
+                y_THd = remove_own_value(y_THd, v_TGd)
         for part in overriding(self.parts, "attention_output"):
             y_THd = part.attention_output(y_THd, n_TD, i, run)
-        y = self._linear(name + "proj.weight", y_THd.flatten(1), qo[L + i], hooks)
-        return hooks.adapt("o", slot, n_TD, y)
+        y = self._linear(name + "proj.weight", y_THd.flatten(1), matrices.out[i], hooks)
+        return hooks.adapt("o", step.slot, n_TD, y)
+
+    def _queries_keys_values(
+        self, n_TD: Tensor, step: VirtualLayer, w_WD: Tensor, hooks: Hooks
+    ) -> Tensor:
+        """The merged projection [T, W], adapters on its parts included."""
+        for letter in "qkv":
+            hooks.matrix_input(f"blocks.{step.layer}.attn.c_{letter}.weight", n_TD)
+        qkv = nn.functional.linear(n_TD, w_WD)
+        if not any(hooks.adapts(site, step.slot) for site in ("q", "k", "v")):
+            return qkv
+        widths = (self.config.model_dim, self.config.kv_dim, self.config.kv_dim)
+        q, k, v = qkv.split(widths, dim=1)
+        adapted = (
+            hooks.adapt("q", step.slot, n_TD, q),
+            hooks.adapt("k", step.slot, n_TD, k),
+            hooks.adapt("v", step.slot, n_TD, v),
+        )
+        return torch.cat(adapted, 1)
 
     def _mlp(
-        self,
-        n_TD: Tensor,
-        step: VirtualLayer,
-        banks: dict[str, tuple[Tensor, ...]],
-        run: Pass,
-        hooks: Hooks,
+        self, n_TD: Tensor, step: VirtualLayer, matrices: Matrices, run: Pass, hooks: Hooks
     ) -> Tensor:
         i = step.layer
-        up, down = banks["mlp_up_bank"][i], banks["mlp_down_bank"][i]
-        h = F.leaky_relu(self._linear(f"blocks.{i}.mlp.fc.weight", n_TD, up, hooks), 0.5).square()
-        y = self._linear(f"blocks.{i}.mlp.proj.weight", h, down, hooks)
+        product = mlp_fused if self.compute.kernels == "triton" else mlp
+        hooks.matrix_input(f"blocks.{i}.mlp.fc.weight", n_TD)
+        y, h_TF = product(n_TD, matrices.up[i], matrices.down[i])
+        hooks.matrix_input(f"blocks.{i}.mlp.proj.weight", h_TF)
         y = hooks.adapt("mlp", step.slot, n_TD, y)
         for part in overriding(self.parts, "mlp_output"):
             y = part.mlp_output(y, n_TD, i, run)
         return y
 
-    def _join(self, lanes: list[Tensor]) -> Tensor:
-        if len(lanes) == 1:
-            return lanes[0]
-        final = self.config.parallel_final_lane
-        if final == "mean":
-            return (lanes[0] + lanes[1]) / 2
-        return lanes[0] if final == "attention" else lanes[1]
+    # The head ---------------------------------------------------------------------------------
+
+    @property
+    def _head_name(self) -> str:
+        return "tok_emb.weight" if self.config.tie_embeddings else "lm_head.weight"
+
+    @property
+    def _head_slot(self) -> int:
+        return len(self._plans[True])
+
+    def _head_input(self, x_TD: Tensor, hooks: Hooks) -> Tensor:
+        if self.config.embedding_dim == self.config.model_dim:
+            return x_TD
+        return self._linear("head_proj.weight", x_TD, self.weight("head_proj.weight"), hooks)
+
+    def _raw_logits(self, x_TD: Tensor, hooks: Hooks) -> Tensor:
+        name = self._head_name
+        z_TV = self._linear(name, self._head_input(x_TD, hooks), self.weight(name), hooks)
+        return hooks.adapt("head", self._head_slot, x_TD, z_TV)

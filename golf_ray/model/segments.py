@@ -63,5 +63,9 @@ class Segments:
 
     def lengths(self) -> list[int]:
         """Lengths of the segments that are not empty; waits for the device."""
-        bounds = self.cu_seqlens.tolist()
-        return [b - a for a, b in itertools.pairwise(bounds) if b > a]
+        return segment_lengths(self.cu_seqlens)
+
+
+def segment_lengths(cu_seqlens: Tensor) -> list[int]:
+    """Lengths of the segments that are not empty; waits for the device."""
+    return [b - a for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]

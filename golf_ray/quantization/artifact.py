@@ -22,6 +22,7 @@ from torch import Tensor
 from golf_ray.config import Config, ModelConfig, QuantizationConfig
 from golf_ray.errors import CheckpointError
 from golf_ray.model.checkpoint import build_model, check_state
+from golf_ray.model.compute import choose_compute
 from golf_ray.model.layout import looped_layers
 from golf_ray.model.parameters import (
     bank,
@@ -214,8 +215,8 @@ def quantize_checkpoint(
     check_state(config.model, state, what)
     begin_s = time.perf_counter()
     if hessians is None:
-        dtype = compute_dtype or _training_dtype(config, torch.device(device))
-        model = build_model(config.model, state, device=device, compute_dtype=dtype, what=what)
+        compute = choose_compute(config, torch.device(device), compute_dtype)
+        model = build_model(config.model, state, device=device, compute=compute, what=what)
         hessians = collect_hessians(model, batches)
     calibrated_s = time.perf_counter()
     factors = prepare_factors(config, hessians, device=device)
@@ -331,9 +332,3 @@ def _batches(items: Sequence[Any], width: int) -> Iterator[Any]:
     size = max(1, MAX_BATCH_ELEMENTS // width**2)
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _training_dtype(config: Config, device: torch.device) -> torch.dtype:
-    precision = config.train.precision
-    bfloat16 = device.type == "cuda" if precision == "auto" else precision == "bfloat16"
-    return torch.bfloat16 if bfloat16 else torch.float32

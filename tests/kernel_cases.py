@@ -1,0 +1,222 @@
+"""Cases of the fused operations: the same inputs through an op and through its twin.
+
+The twin computes in float32, or in the inputs' own type where that is wider, from the very inputs
+of the op, so what differs is the op's own rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from golf_ray.kernels.embedding import embed, embed_fused
+from golf_ray.kernels.heads import (
+    attention_fused,
+    prepare,
+    remove_own_value,
+    rotary_tables,
+    split_heads,
+)
+from golf_ray.kernels.loss import (
+    cross_entropy,
+    cross_entropy_fused,
+    head_losses_fused,
+)
+from golf_ray.kernels.mlp import mlp, mlp_fused
+from golf_ray.kernels.residual import Mix, fan_out, mix, mix_fused
+from golf_ray.model.attention import attend
+from golf_ray.model.segments import Segments
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One operation at one shape."""
+
+    name: str
+    leaves: Callable[[], list[Tensor]]
+    """Inputs that get gradients, float32."""
+    fused: Run
+    twin: Run
+    wide: tuple[int, ...] = ()
+    """Leaves that stay float32 whatever the case's type."""
+    halves_only: bool = False
+    """Whether the op computes in 16 bits only on a GPU."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def normal(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape) * scale
+
+
+MIXES: dict[str, tuple[int, int, list[Mix]]] = {
+    # Tensors, rows of coefficients, mixes.
+    "first layer": (1, 1, [Mix(terms=((0, 0),), scale=1.0)]),
+    "after attention": (2, 2, [Mix(terms=((0, 0), (1, 1)), scale=0.5)]),
+    "kept, with a skip": (
+        4,
+        6,
+        [
+            Mix(terms=((0, 4), (1, 5))),
+            Mix(terms=((0, 0), (1, 1), (2, 2), (3, 3)), scale=0.7),
+        ],
+    ),
+    "lanes": (
+        6,
+        12,
+        [
+            Mix(terms=((0, 0), (2, 1), (3, 2), (4, 3))),
+            Mix(terms=((1, 4), (2, 5), (3, 6)), scale=0.3),
+            Mix(terms=((0, 7), (2, 8), (3, 9), (4, 10), (5, 11)), keep=False, scale=0.3),
+        ],
+    ),
+}
+
+
+def mix_case(kind: str, T: int, D: int) -> Case:
+    count, rows, mixes = MIXES[kind]
+    return Case(
+        name=f"mix {kind} {T}x{D}",
+        leaves=lambda: [*(normal(T, D) for _ in range(count)), normal(rows, D)],
+        fused=lambda *t: mix_fused(t[:-1], t[-1], mixes),
+        twin=lambda *t: mix(t[:-1], t[-1], mixes),
+        wide=(count,),
+    )
+
+
+def fan_case(T: int, D: int) -> Case:
+    return Case(
+        name=f"fan out {T}x{D}",
+        leaves=lambda: [normal(T, D)],
+        fused=lambda x: [part * (i + 1) for i, part in enumerate(fan_out(x, 5))],
+        twin=lambda x: [x * (i + 1) for i in range(5)],
+    )
+
+
+def mlp_case(T: int, D: int, F: int) -> Case:
+    return Case(
+        name=f"mlp {T}x{D}x{F}",
+        leaves=lambda: [normal(T, D), normal(F, D, scale=D**-0.5), normal(D, F, scale=F**-0.5)],
+        fused=lambda *t: mlp_fused(*t)[:1],
+        twin=lambda *t: mlp(*t)[:1],
+    )
+
+
+def loss_case(T: int, V: int, cap: float) -> Case:
+    targets = torch.randint(0, V, (T,))
+    return Case(
+        name=f"cross entropy {T}x{V} cap {cap:g}",
+        leaves=lambda: [normal(T, V, scale=cap / 3)],
+        fused=lambda z: [cross_entropy_fused(z, targets.to(z.device), cap)],
+        twin=lambda z: [cross_entropy(z, targets.to(z.device), cap)],
+    )
+
+
+def head_case(T: int, D: int, V: int) -> Case:
+    targets = torch.randint(0, V, (T,))
+    return Case(
+        name=f"head {T}x{D}x{V}",
+        leaves=lambda: [normal(T, D), normal(V, D)],
+        fused=lambda x, w: [head_losses_fused(x, w, targets.to(x.device), 30.0)],
+        twin=lambda x, w: [cross_entropy(x @ w.t(), targets.to(x.device), 30.0)],
+    )
+
+
+def embed_case(T: int, V: int, E: int) -> Case:
+    tokens = torch.randint(0, V, (T,))
+    return Case(
+        name=f"embed {T} of {V}x{E}",
+        leaves=lambda: [normal(V, E, scale=0.005)],
+        fused=lambda w: [embed_fused(w, tokens.to(w.device), w.dtype)],
+        twin=lambda w: [embed(w, tokens.to(w.device), w.dtype)],
+    )
+
+
+def attention_case(
+    H: int, G: int, d: int, R: int, lengths: Sequence[int], *, own_value: bool = False
+) -> Case:
+    T = sum(lengths)
+
+    def parts(qkv: Tensor) -> tuple[Segments, tuple[Tensor, Tensor]]:
+        bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        # Padded as batches are: empty segments at the end.
+        segments = Segments.of_bounds([*bounds, T, T], max(lengths), qkv.device)
+        return segments, rotary_tables(segments.positions_T, R, 10000.0)
+
+    def fused(qkv: Tensor, gain: Tensor) -> Sequence[Tensor]:
+        segments, rotary = parts(qkv)
+        return [
+            attention_fused(
+                qkv, gain, *rotary, segments.cu_seqlens, segments.max_seqlen,
+                num_kv_heads=G, head_dim=d, own_value=own_value,
+            )
+        ]  # fmt: skip
+
+    def twin(qkv: Tensor, gain: Tensor) -> Sequence[Tensor]:
+        segments, rotary = parts(qkv)
+        q, k, v = split_heads(qkv, G, d)
+        y = attend(*prepare(q, k, gain, *rotary), v, segments)
+        return [y if own_value else remove_own_value(y, v)]
+
+    return Case(
+        name=f"attention {H}/{G}x{d} R{R} {len(lengths)} segments own {own_value}",
+        leaves=lambda: [normal(T, (H + 2 * G) * d), 1 + 0.3 * normal(H)],
+        fused=fused,
+        twin=twin,
+        wide=(1,),
+        halves_only=True,
+    )
+
+
+def small_cases() -> list[Case]:
+    """Small and odd shapes, for the interpreter too."""
+    return [
+        *(mix_case(kind, T, D) for kind in MIXES for T, D in ((13, 24), (1, 8), (5, 130))),
+        fan_case(7, 20),
+        *(mlp_case(*shape) for shape in ((13, 16, 24), (150, 64, 192), (33, 72, 136), (5, 7, 9))),
+        *(loss_case(*shape) for shape in ((13, 16, 30.0), (7, 50, 30.0), (4, 300, 200.0))),
+        head_case(9, 24, 50),
+        head_case(3, 8, 130),
+        embed_case(40, 11, 24),
+        attention_case(4, 2, 16, 8, (5, 1, 17)),
+        attention_case(6, 2, 24, 4, (3, 9)),
+        attention_case(3, 3, 8, 0, (7,), own_value=True),
+        attention_case(8, 1, 16, 16, (2, 2, 11)),
+    ]
+
+
+def gradients(run: Run, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of a run, and the leaves' gradients under fixed random ones of the outputs."""
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    outputs = run(*leaves)
+    generator = torch.Generator().manual_seed(7)
+    seeds = [
+        torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype)
+        for o in outputs
+    ]
+    torch.autograd.backward(list(outputs), seeds)
+    assert all(leaf.grad is not None for leaf in leaves)
+    return [o.detach() for o in outputs], [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def errors(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
+    """Relative errors ||op - twin|| / ||twin|| of every output and gradient."""
+    torch.manual_seed(0)
+    leaves = [
+        leaf.to(device) if i in case.wide else leaf.to(device=device, dtype=dtype)
+        for i, leaf in enumerate(case.leaves())
+    ]
+    found = gradients(case.fused, leaves)
+    expected = gradients(case.twin, [leaf.float() for leaf in leaves])
+    out = {}
+    for what, mine, theirs in zip(("output", "gradient"), found, expected, strict=True):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            assert a.shape == b.shape and torch.isfinite(a).all(), (case.name, what, i)
+            scale = max(b.float().norm().item(), 1e-6 * b.numel() ** 0.5)
+            out[f"{what} {i}"] = (a.float() - b.float()).norm().item() / scale
+    return out

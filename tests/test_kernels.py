@@ -1,0 +1,138 @@
+"""The fused operations in Triton's interpreter, against their twins."""
+
+from __future__ import annotations
+
+import flash_standin
+import pytest
+import torch
+from kernel_cases import Case, errors, small_cases
+from reference import TINY, final_state
+from torch import Tensor
+
+from golf_ray.kernels import flash
+from golf_ray.model.compute import Compute
+from golf_ray.model.model import GolfModel
+from golf_ray.model.segments import Segments
+
+pytest.importorskip("triton")
+
+
+def _interpreter_problem() -> str | None:
+    """Why the interpreter cannot run loops here, if so: some versions of it and of NumPy."""
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        return "Triton compiles here; tests/test_gpu.py runs these cases on the GPU"
+    from golf_ray.kernels.triton import residual
+
+    try:
+        x = torch.ones(2, 4)
+        residual.backward([x], [x], torch.ones(1, 4), [0], [0], [-1], [0.0], [0], True)
+    except Exception as error:  # whatever it is, it is the interpreter's own
+        return f"Triton's interpreter does not work here: {error}"
+    return None
+
+
+problem = _interpreter_problem()
+needs_interpreter = pytest.mark.skipif(problem is not None, reason=problem or "")
+
+CASES = small_cases()
+# Bits of a result: float32 sums of some hundred products lose a few; a 16-bit result is rounded
+# once, and where a backward starts from a rounded intermediate result, twice or three times.
+TOLERANCE = {torch.float32: 2.0**-24 * 32, torch.float16: 2.0**-11 * 4}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_ops_are_their_twins(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from golf_ray.kernels.triton import loss
+
+    # Rows of more than one piece, without rows of thousands of columns.
+    monkeypatch.setattr(loss, "BLOCK", 64)
+    standin = flash_standin.operators("work space")
+    monkeypatch.setattr(flash, "operators", lambda: standin)
+    found = errors(case, dtype)
+    assert found and max(found.values()) <= TOLERANCE[dtype], found
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("returns", "loop"), [("work space", True), ("gradients first", False)], ids=str
+)
+def test_a_model_of_fused_ops_is_the_model(
+    returns: flash_standin.Returns, loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and every gradient of the tiny model, attention through the operators' stand-ins."""
+    standin = flash_standin.operators(returns)
+    monkeypatch.setattr(flash, "operators", lambda: standin)
+    generator = torch.Generator().manual_seed(3)
+    tokens, targets = (torch.randint(0, 512, (40,), generator=generator) for _ in range(2))
+    segments = Segments.of_bounds([0, 11, 12, 29, 40, 40], 17)
+
+    def run(compute: Compute) -> tuple[float, dict[str, Tensor | None]]:
+        model = GolfModel(TINY.model, compute=compute)
+        model.load_state_dict(final_state())
+        loss = model.mean_loss(tokens, targets, segments, loop=loop)
+        loss.backward()
+        return loss.item(), {name: p.grad for name, p in model.named_parameters()}
+
+    loss, expected = run(Compute())
+    found_loss, found = run(Compute(attention="fa3", kernels="triton"))
+    assert found_loss == pytest.approx(loss, abs=2e-6)
+    for name, theirs in expected.items():
+        mine = found[name]
+        assert (mine is None) == (theirs is None), name
+        if mine is not None and theirs is not None:
+            # Float32 sums in another order, through up to nine layers.
+            assert (mine - theirs).norm() <= 1e-4 * theirs.norm(), name
+
+
+@needs_interpreter
+def test_frozen_models_fuse_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As adaptation has it: gradients reach the input of frozen matrices and stop there."""
+    from golf_ray.kernels.mlp import mlp, mlp_fused
+    from golf_ray.kernels.residual import Mix, mix, mix_fused
+
+    torch.manual_seed(0)
+    x = torch.randn(9, 16, requires_grad=True)
+    up, down, coefs = torch.randn(24, 16), torch.randn(16, 24), torch.randn(2, 16)
+    mixes = [Mix(terms=((0, 0), (1, 1)), scale=0.5)]
+    other = torch.randn(9, 16)
+    found, expected = (
+        torch.autograd.grad(product(combine([x, other], coefs, mixes)[1], up, down)[0].sum(), x)[0]
+        for product, combine in ((mlp_fused, mix_fused), (mlp, mix))
+    )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["mix", "mlp", "cross_entropy", "head", "embed", "attention"])
+def test_ops_are_fit_for_torch_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schemas, fake implementations and autograd, as torch's own checker has it."""
+    standin = flash_standin.operators("work space")
+    monkeypatch.setattr(flash, "operators", lambda: standin)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, requires_grad=True)
+
+    targets = torch.tensor([0, 3, 2, 1, 0])
+    angles = torch.randn(5, 2)
+    arguments = {
+        "mix": ([leaf(5, 8), leaf(5, 8)], leaf(2, 8), [0, 1], [True], [0.5]),
+        "mlp": (leaf(5, 8), leaf(16, 8), leaf(8, 16), True),
+        "cross_entropy": (leaf(5, 7), targets, 30.0, True),
+        "head": (leaf(5, 8), leaf(7, 8), targets, 30.0, True),
+        "embed": (leaf(4, 8), targets, torch.float32),
+        "attention": (
+            leaf(5, 32), leaf(2), angles.cos(), angles.sin(),
+            torch.tensor([0, 2, 5, 5], dtype=torch.int32), 3, 1, 8, False,
+        ),
+    }  # fmt: skip
+    torch.library.opcheck(
+        getattr(torch.ops.golf_ray, name).default,
+        arguments[name],
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
