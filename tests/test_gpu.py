@@ -19,6 +19,7 @@ from golf_ray.config import Config
 from golf_ray.data.shards import load_tokens
 from golf_ray.data.tokenizer import byte_tables
 from golf_ray.model.checkpoint import build_model
+from golf_ray.model.compute import Compute
 from golf_ray.model.segments import Segments
 from golf_ray.optim.world import World
 from golf_ray.presets import TINY
@@ -86,7 +87,7 @@ def test_scores(method: str) -> None:
     init = read_adapter_init(Path(FOLDER / "ttt.npz"), slots, TINY.adaptation.rank)
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model = build_model(TINY.model, final_state(), device="cuda", compute_dtype=dtype)
+        model = build_model(TINY.model, final_state(), device="cuda", compute=Compute(dtype=dtype))
         result = evaluate(
             model,
             TINY,

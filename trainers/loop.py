@@ -9,9 +9,11 @@ bits of one that was never interrupted.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,16 +23,20 @@ from torch import Tensor
 
 from golf_ray.config import Config
 from golf_ray.data.loader import PackedLoader
-from golf_ray.data.packing import PackedBatch
+from golf_ray.data.packing import BOUNDS_MULTIPLE
 from golf_ray.errors import ConfigError, TrainingFailed
 from golf_ray.metric import Score
+from golf_ray.model.compute import choose_compute
 from golf_ray.model.model import GolfModel
-from golf_ray.model.segments import Segments
 from golf_ray.optim import schedule
 from golf_ray.optim.ema import WeightAverage
 from golf_ray.optim.gradients import GradientAccumulator
 from golf_ray.optim.optimizer import GolfOptimizer
 from golf_ray.optim.world import World
+from trainers.batches import HostBatch, HostBatches, random_batch
+from trainers.code_cache import CodeCache
+from trainers.micro_batches import MicroBatches
+from trainers.pace import Pace, require_speed
 from trainers.reporting import Interval, Reporter
 from trainers.state import (
     TrainingState,
@@ -57,15 +63,55 @@ class TrainingResult:
     """Of the last step."""
     resumed_from_step: int
     """0 for a run that began at the beginning."""
+    compile_s: float = 0.0
+    """Compiling, capturing and warming up, before the clock runs."""
+    to_first_step_s: float = 0.0
+    """From making the run to its first step: weights, data and compiling."""
+    tokens_per_s: float | None = None
+    """Without looping, over all ranks; None where too few steps were taken to tell."""
+    tokens_per_s_looping: float | None = None
+    peak_memory_bytes: int | None = None
+    """Of rank 0's GPU, allocated; None on a CPU."""
+    compute: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Arithmetic, attention and kernels that were used."""
+
+
+class _Underway:
+    """Numbers on their way from the device, without waiting for what was asked of it since."""
+
+    def __init__(self, *scalars: Tensor) -> None:
+        self._values = torch.stack([s.detach().float() for s in scalars])
+        self._event: torch.cuda.Event | None = None
+        self._host_s = time.perf_counter()
+        if self._values.is_cuda:
+            there = torch.empty(self._values.shape, pin_memory=True)
+            there.copy_(self._values, non_blocking=True)
+            self._values, self._event = there, torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def seconds_since(self, other: _Underway) -> float:
+        """Time between the two, on the device's own clock; both must be there."""
+        if self._event is None or other._event is None:
+            return self._host_s - other._host_s
+        return other._event.elapsed_time(self._event) / 1e3
+
+    def wait(self) -> list[float]:
+        """The numbers, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Step:
-    """What the last step was; loss and norm may still be on their way from the device."""
+    """What the last step was."""
 
     number: int
-    loss: Tensor
-    norm: Tensor
+    loss_and_norm: _Underway
+    before: _Underway | None
+    """Those of the step before; None where there is none in this process."""
+    left_out_s: float
+    """Seconds between the two that were none of training."""
     lr_multiplier: float
     momentum: float
     looping: bool
@@ -105,13 +151,6 @@ class Clock:
         return self._before_s + running
 
 
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Arithmetic of the forward: as configured, or by device."""
-    if config.train.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.train.precision == "bfloat16" else torch.float32
-
-
 def make_loader(config: Config, shards: Sequence[Path], world: World) -> PackedLoader:
     """The batches of one rank.
 
@@ -146,6 +185,7 @@ class TrainingRun:
         validate: packed evaluation over the ranks, or None.
         initial: weights to begin with in place of the seed's.
         clock: what a wall-clock cap is measured by.
+        code: where compiled code is kept; by default this machine's own place.
     """
 
     def __init__(
@@ -158,13 +198,20 @@ class TrainingRun:
         validate: Validate | None = None,
         initial: dict[str, Tensor] | None = None,
         clock: Clock | None = None,
+        code: CodeCache | None = None,
     ) -> None:
+        self._entered_s = time.perf_counter()
         self.config = config
         self.world = world or World()
+        self.code: CodeCache | None = None
+        if self.world.device.type == "cuda" or config.kernels.compile:
+            self.code = code or CodeCache(config=config, device=self.world.device)
+            self.code.open()
         self.reporter = reporter or Reporter()
         self.validate = validate
         train = config.train
-        self.loader = make_loader(config, shards, self.world)
+        pinned = self.world.device.type == "cuda"
+        self.batches = HostBatches(make_loader(config, shards, self.world), pinned=pinned)
         self.model = self._make_model(initial)
         self.optimizer = GolfOptimizer(self.model, train, self.world)
         self.num_local = train.micro_batches // self.world.size
@@ -177,11 +224,16 @@ class TrainingRun:
             num_local=self.num_local,
         )
         self.average = WeightAverage(self.model.tensors(), train.ema_decay)
+        self.micro_batches = MicroBatches(
+            self.model, self.gradients, config.kernels, self.world.device
+        )
         self.clock = clock or Clock()
+        self.pace = Pace(train.batch_tokens)
         self.step = 0
         self.first_step = 0
         self._interval_began = (0, 0.0)
         self._last: _Step | None = None
+        self._left_out_s = 0.0
 
     def __enter__(self) -> TrainingRun:
         return self
@@ -192,20 +244,20 @@ class TrainingRun:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.loader.close()
+        self.batches.close()
 
     def _make_model(self, initial: dict[str, Tensor] | None) -> GolfModel:
-        dtype = compute_dtype(self.config, self.world.device)
-        model = GolfModel(self.config.model, compute_dtype=dtype)
+        compute = choose_compute(self.config, self.world.device)
+        model = GolfModel(self.config.model, compute=compute)
         if initial is None:
             model.init_weights(self.config.train.seed)
         else:
             model.load_state_dict(initial)
         model = model.to(self.world.device)
-        if dtype == torch.bfloat16:
+        if compute.dtype == torch.bfloat16:
             # The record trains its embedding, the largest replicated tensor, in bfloat16.
             embedding = model.tensors()["tok_emb.weight"]
-            embedding.data = embedding.data.to(dtype)
+            embedding.data = embedding.data.to(compute.dtype)
         return model
 
     # Steps ------------------------------------------------------------------------------------
@@ -217,12 +269,14 @@ class TrainingRun:
             TrainingFailed: a loss is not finite.
         """
         train = self.config.train
+        compile_s = self.prepare()
+        to_first_step_s = time.perf_counter() - self._entered_s
         self.reporter.begin(self.step, train.iterations)
         self._interval_began = (self.step, self.clock.elapsed_s())
         self.clock.run()
         elapsed_s = self.world.from_rank_0(self.clock.elapsed_s())
         while not schedule.is_over(train, self.step, elapsed_s):
-            self._take_step(schedule.run_fraction(train, self.step, elapsed_s))
+            self.take_step(schedule.run_fraction(train, self.step, elapsed_s))
             elapsed_s = self.world.from_rank_0(self.clock.elapsed_s())
             over = schedule.is_over(train, self.step, elapsed_s)
             if over or self._due(train.log_every_steps) or self._due(train.val_every_steps):
@@ -238,33 +292,106 @@ class TrainingRun:
             tokens=self.step * train.batch_tokens,
             train_loss_nats=loss,
             resumed_from_step=self.first_step,
+            compile_s=compile_s,
+            to_first_step_s=to_first_step_s,
+            tokens_per_s=self.pace.tokens_per_s(False),
+            tokens_per_s_looping=self.pace.tokens_per_s(True),
+            peak_memory_bytes=self._peak_memory_bytes(),
+            compute=self.model.compute.to_dict(),
         )
+
+    def prepare(self, *, always: bool = False) -> float:
+        """Compile, capture and run everything that a step needs, once, on random tokens; weights,
+        optimizer, average and random state are as before, and the batches are untouched.
+
+        Args:
+            always: also where nothing is compiled.
+
+        Returns:
+            seconds that it took.
+        """
+        began_s = time.perf_counter()
+        if self.code is None and not always:
+            return 0.0
+        state = self._state()
+        kept = copy.deepcopy((state.weights, state.optimizer, state.average, state.random))
+        num_bounds = len(self.batches.peek().cu_seqlens)
+        usual = self._random_batch(num_bounds)
+        for loop in self._loop_variants():
+            self.micro_batches.warm_up(usual, loop)
+        for loop in self._loop_variants():
+            for _ in range(self.num_local):
+                self.micro_batches(usual, loop)
+            self.optimizer.step(self.gradients.finish(), lr_multiplier=1.0, momentum=0.0)
+            self.average.update()
+            if self.micro_batches.captures:
+                # Documents that are shorter or longer than usual: the numbers of bounds next to it.
+                for other in (num_bounds + BOUNDS_MULTIPLE, num_bounds - BOUNDS_MULTIPLE):
+                    if other > 0:
+                        self.micro_batches.capture(self._random_batch(other), loop)
+        weights, optimizer, average, random = kept
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(optimizer)
+        self.average.load_state_dict(average)
+        set_random_state(random)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began_s
+        if self.code is not None:
+            if self.world.rank == 0:
+                self.code.publish()
+            self.reporter.prepared(seconds, self.code.to_dict())
+        return seconds
+
+    def _random_batch(self, num_bounds: int) -> HostBatch:
+        return random_batch(
+            self.config.train.micro_batch_tokens,
+            self.config.model.vocab_size,
+            self.config.data.seq_len,
+            num_bounds,
+            pinned=self.world.device.type == "cuda",
+        )
+
+    def _loop_variants(self) -> list[bool]:
+        """Whether layers are looped at some time, and whether they are not."""
+        if not self.config.model.num_loops:
+            return [False]
+        at = self.config.train.enable_looping_at
+        return [loop for loop, used in ((False, at > 0), (True, at <= 1)) if used]
+
+    def _peak_memory_bytes(self) -> int | None:
+        device = self.world.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.step % every == 0
 
-    def _take_step(self, frac: float) -> None:
+    def take_step(self, frac: float) -> None:
+        """One optimizer step, as the schedules have it at a part of the run."""
         train = self.config.train
         loop = schedule.loops(train, frac)
         for _ in range(self.num_local):
-            x_T, y_T, segments = self._to_device(self.loader.next_batch())
-            self.gradients.add(self.model.mean_loss(x_T, y_T, segments, loop=loop))
+            self.micro_batches(self.batches.next(), loop and self.config.model.num_loops > 0)
         gradient = self.gradients.finish()
         lr_multiplier = schedule.lr_multiplier(train, frac)
         momentum = schedule.muon_momentum(train, self.step)
         self.optimizer.step(gradient, lr_multiplier=lr_multiplier, momentum=momentum)
         self.average.update()
-        # The last step's loss is read while this one runs: the host never waits for the device.
+        underway = _Underway(gradient.loss, gradient.norm)
+        # The last step's loss is read while this one runs: the device never waits for the host.
         loss, _ = self._settle()
+        self._check_speed()
         self.step += 1
         self._last = _Step(
             number=self.step,
-            loss=gradient.loss,
-            norm=gradient.norm,
+            loss_and_norm=underway,
+            before=None if self._last is None else self._last.loss_and_norm,
+            left_out_s=self._left_out_s,
             lr_multiplier=lr_multiplier,
             momentum=momentum,
             looping=loop,
         )
+        self._left_out_s = 0.0
         self.reporter.stepped(self.step, loss)
 
     def _settle(self) -> tuple[float, float]:
@@ -275,21 +402,27 @@ class TrainingRun:
         """
         if self._last is None:
             return math.nan, math.nan
-        loss = float(self._last.loss)
+        last = self._last
+        loss, norm = last.loss_and_norm.wait()
+        if last.before is not None:
+            seconds = last.loss_and_norm.seconds_since(last.before) - last.left_out_s
+            self.pace.took(last.number, seconds, last.looping)
         if not math.isfinite(loss):
             raise TrainingFailed(
-                f"the loss is not finite at step {self._last.number}: {loss}",
+                f"the loss is not finite at step {last.number}: {loss}",
                 "lower the learning rates or the momentum, or look at the data",
             )
-        return loss, float(self._last.norm)
+        return loss, norm
 
-    def _to_device(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Segments]:
-        device = self.world.device
-        x_T, y_T = torch.from_numpy(batch.x), torch.from_numpy(batch.y)
-        if device.type == "cuda":
-            x_T, y_T = x_T.pin_memory(), y_T.pin_memory()
-        segments = Segments.of_bounds(batch.cu_seqlens, batch.max_seqlen, device)
-        return x_T.to(device, non_blocking=True), y_T.to(device, non_blocking=True), segments
+    def _check_speed(self) -> None:
+        train = self.config.train
+        if train.min_tokens_per_s is None:
+            return
+        if self.step - self.first_step == train.speed_check_steps:
+            looping = self._last is not None and self._last.looping
+            speed = self.pace.tokens_per_s(looping) or math.inf
+            # All ranks end together, so one of them says.
+            require_speed(train, self.world.from_rank_0(speed))
 
     # Reports and checkpoints ------------------------------------------------------------------
 
@@ -297,7 +430,7 @@ class TrainingRun:
         train, last = self.config.train, self._last
         assert last is not None, "there is nothing to report before the first step"
         loss, norm = self._settle()
-        self.clock.pause()
+        paused_at_s = self._pause()
         elapsed_s = self.clock.elapsed_s()
         began_step, began_s = self._interval_began
         tokens = (self.step - began_step) * train.batch_tokens
@@ -322,21 +455,13 @@ class TrainingRun:
             )
         )
         self._interval_began = (self.step, elapsed_s)
-        self.clock.run()
+        self._go_on(paused_at_s)
 
     def _save(self, *, final: bool) -> None:
         """Let the reporter keep a checkpoint; weights that are not finite are never kept."""
         self._settle()
-        self.clock.pause()
-        state = TrainingState(
-            step=self.step,
-            elapsed_s=self.clock.elapsed_s(),
-            weights=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            average=self.average.state_dict(),
-            loader=self.loader.state_dict(),
-            random=random_state(),
-        )
+        paused_at_s = self._pause()
+        state = self._state()
 
         def write(folder: Path) -> None:
             write_state(folder, state, self.config)
@@ -344,7 +469,27 @@ class TrainingRun:
                 write_final(folder, self.average.weights(), self.config)
 
         self.reporter.checkpoint(self.step, write, final=final)
+        self._go_on(paused_at_s)
+
+    def _pause(self) -> float:
+        self.clock.pause()
+        return time.perf_counter()
+
+    def _go_on(self, paused_at_s: float) -> None:
+        self._left_out_s += time.perf_counter() - paused_at_s
         self.clock.run()
+
+    def _state(self) -> TrainingState:
+        """Everything of the run as it stands; every rank must call it."""
+        return TrainingState(
+            step=self.step,
+            elapsed_s=self.clock.elapsed_s(),
+            weights=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            average=self.average.state_dict(),
+            loader=self.batches.state_dict(),
+            random=random_state(),
+        )
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint folder, on any number of ranks.
@@ -356,7 +501,7 @@ class TrainingRun:
         self.model.load_state_dict(state.weights)
         self.optimizer.load_state_dict(state.optimizer)
         self.average.load_state_dict(state.average)
-        self.loader.load_state_dict(state.loader)
+        self.batches.load_state_dict(state.loader)
         set_random_state(state.random)
         self.clock = self.clock.resumed(state.elapsed_s)
         self.step = self.first_step = state.step

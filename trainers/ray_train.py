@@ -209,6 +209,10 @@ def _job(
     device = cluster.device
     if device == "auto":
         device = "cuda" if cluster.gpus_per_worker > 0 else "cpu"
+    cache = config.kernels.cache
+    if cache is not None and "://" not in cache:
+        # Workers run in folders of Ray's.
+        config = config.with_overrides({"kernels.cache": str(Path(cache).absolute())})
     return WorkerJob(
         run_key=f"train/{uuid.uuid4().hex}",
         run_uri=storage.uri,

@@ -211,6 +211,12 @@ class RayReporter(Reporter):
         if self._world.rank == 0:
             self._channel.put("began", step=step, num_steps=num_steps)
 
+    def prepared(self, seconds: float, code: dict[str, Any]) -> None:
+        """Tell the driver."""
+        self._beat_s = time.monotonic()
+        if self._world.rank == 0:
+            self._channel.put("prepared", seconds=seconds, code=code)
+
     def stepped(self, step: int, loss_nats: float) -> None:
         """Note it; the pulse sends it."""
         self._loss = loss_nats

@@ -57,6 +57,10 @@ class Reporter:
     def begin(self, step: int, num_steps: int) -> None:
         """The run is about to take zero-based `step`; above 0 it goes on from a checkpoint."""
 
+    def prepared(self, seconds: float, code: dict[str, Any]) -> None:
+        """Everything is compiled; `code` says where compiled code was found, and what went wrong
+        with that."""
+
     def stepped(self, step: int, loss_nats: float) -> None:
         """Steps done so far, and a recent loss; called at every step and to be quick."""
 

@@ -32,6 +32,8 @@ MAY_DIFFER = (
     "train.val_every_steps",
     "train.checkpoint_every_steps",
     "train.log_every_steps",
+    "train.min_tokens_per_s",
+    "train.speed_check_steps",
     "data.dir",
 )
 """Fields of those sections that change nothing about the weights."""

@@ -18,7 +18,7 @@ NO_VALUE = ""
 """What a switch takes; without it help shows a type."""
 
 
-VERBS = ("quickstart", "data", "train", "quantize", "eval", "sweep", "config", "doctor")
+VERBS = ("quickstart", "data", "train", "quantize", "eval", "sweep", "bench", "config", "doctor")
 """Order of the verbs in help, that of the work; others come last."""
 
 

@@ -149,6 +149,12 @@ def _report(done: Training) -> tuple[str, list[tuple[str, str]]]:
         ("time", duration(result.elapsed_s)),
         ("result", done.final_model),
     ]
+    speeds = (("", result.tokens_per_s), (" looping", result.tokens_per_s_looping))
+    told = [f"{speed:,.0f} tokens/s{name}" for name, speed in speeds if speed is not None]
+    if told:
+        rows.insert(3, ("speed", ", ".join(told)))
+    if result.peak_memory_bytes is not None:
+        rows.insert(-1, ("GPU memory", f"{result.peak_memory_bytes / 1e9:.1f} GB at most"))
     if done.val_bpb is not None:
         rows.insert(2, ("validation", f"{done.val_bpb:.4f} bpb of the raw weights, packed"))
     if outcome is not None:

@@ -29,8 +29,7 @@ class WeightAverage:
         """Take the present weights in."""
         averages = list(self._average.values())
         weights = [w.detach().float() for w in self._weights.values()]
-        torch._foreach_mul_(averages, self.decay)
-        torch._foreach_add_(averages, weights, alpha=1.0 - self.decay)
+        torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The averages by name, in float32 (views)."""

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from golf_ray.optim.world import Wait, World
+from golf_ray.optim.world import Wait, World, at_once
 
 SMALL_NUMEL = 32_768
 """Replicated gradients of at most this many elements travel in one flat all-reduce."""
@@ -37,8 +37,8 @@ def clip_coefficient(norm: Tensor, clip_norm: float) -> Tensor:
 class StepGradient:
     """The averaged gradient of one step."""
 
-    banks: dict[str, Tensor]
-    """This rank's share of each bank."""
+    banks: dict[str, Wait]
+    """This rank's share of each bank, once it is there: work on one overlaps the others' way."""
     replicated: dict[str, Tensor]
     """Whole gradients of everything else that is trained."""
     loss: Tensor
@@ -77,56 +77,81 @@ class GradientAccumulator:
         self._clip_norm = clip_norm
         self._scope = clip_scope
         self._num_local = num_local
-        self._sums: list[Tensor] | None = None
+        # Sums stay where they are from step to step: a captured graph adds into them.
+        self._sums = {
+            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for name, p in self._trained.items()
+        }
         self._losses: list[Tensor] = []
         self._norms: list[Tensor] = []
 
     def add(self, loss: Tensor) -> None:
         """Backward of one micro-batch's mean loss."""
+        self.start()
+        self.note(*self.accumulate(loss))
+
+    def start(self) -> None:
+        """Make room for a step before its first micro-batch; later ones change nothing."""
+        if not self._losses:
+            torch._foreach_zero_(list(self._sums.values()))
+
+    def accumulate(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of `add` that is on the device alone, so that a CUDA graph can hold it.
+
+        Returns:
+            loss and gradient norm of the micro-batch, float32 scalars; the norm is 0 where the clip
+            scope does not ask for it.
+        """
         loss.backward()
-        self._losses.append(loss.detach().float())
-        if self._scope != "micro_batch":
-            return
-        grads = self._take_grads()
-        norm = total_norm(grads)
+        with torch.no_grad():
+            grads = self._take_grads()
+            # Lists of several types would be worked on one tensor, one kernel, at a time.
+            wide = [n for n, g in grads.items() if g.dtype == self._sums[n].dtype]
+            narrow = [n for n in grads if n not in wide]
+            norm = loss.new_zeros((), dtype=torch.float32)
+            if self._scope == "micro_batch":
+                norm = total_norm(grads.values())
+                if self._clip_norm:
+                    scale = clip_coefficient(norm, self._clip_norm)
+                    torch._foreach_mul_([grads[n] for n in wide], scale)
+                    for name in narrow:
+                        grads[name] = grads[name] * scale
+            torch._foreach_add_([self._sums[n] for n in wide], [grads[n] for n in wide])
+            for name in narrow:
+                self._sums[name].add_(grads[name])
+        return loss.detach().float(), norm
+
+    def note(self, loss: Tensor, norm: Tensor) -> None:
+        """Take what `accumulate` returned; the tensors must stay as they are."""
+        self._losses.append(loss)
         self._norms.append(norm)
-        scale = (
-            norm.new_ones(()) if not self._clip_norm else clip_coefficient(norm, self._clip_norm)
-        )
-        torch._foreach_mul_(grads, scale)
-        if self._sums is None:
-            self._sums = grads
-        else:
-            torch._foreach_add_(self._sums, grads)
 
     @torch.no_grad()
     def finish(self) -> StepGradient:
         """Average over micro-batches and ranks, clip, and start anew."""
         assert len(self._losses) == self._num_local, "a step needs all of its micro-batches"
-        grads = self._sums if self._scope == "micro_batch" else self._take_grads()
-        assert grads is not None
-        torch._foreach_div_(grads, float(self._num_local))
+        sums = list(self._sums.values())
+        torch._foreach_div_(sums, float(self._num_local))
         if self._scope == "rank":
-            self._norms = [total_norm(grads)]
+            self._norms = [total_norm(sums)]
             if self._clip_norm:
-                torch._foreach_mul_(grads, clip_coefficient(self._norms[0], self._clip_norm))
-        step = self._reduce(dict(zip(self._trained, grads, strict=True)))
-        self._sums, self._losses, self._norms = None, [], []
+                torch._foreach_mul_(sums, clip_coefficient(self._norms[0], self._clip_norm))
+        step = self._reduce(self._sums)
+        self._losses, self._norms = [], []
         return self._clip_global(step) if self._scope == "global" else step
 
-    def _take_grads(self) -> list[Tensor]:
-        grads = []
+    def _take_grads(self) -> dict[str, Tensor]:
+        grads = {}
         for name, parameter in self._trained.items():
             # A tensor that no pass used (an extra layer's gate while looping is off) has none.
-            grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            parameter.grad = None
-            assert grad.shape == parameter.shape, name
-            grads.append(grad)
+            if parameter.grad is not None:
+                grads[name] = parameter.grad
+                parameter.grad = None
         return grads
 
     def _reduce(self, grads: dict[str, Tensor]) -> StepGradient:
         losses = torch.stack(self._losses).mean()
-        norm = torch.stack(self._norms).mean() if self._norms else losses.new_zeros(())
+        norm = torch.stack(self._norms).mean()
         waits: dict[str, Wait] = {n: self._world.mean_share(grads[n]) for n in self._banks}
         small = [n for n in self._replicated if grads[n].numel() <= SMALL_NUMEL]
         large = [n for n in self._replicated if grads[n].numel() > SMALL_NUMEL]
@@ -136,24 +161,27 @@ class GradientAccumulator:
         flat = self._world.mean(torch.cat(pieces))()
         sizes = [p.numel() for p in pieces]
         losses, norm, *reduced = flat.split(sizes)
-        replicated = {
-            n: part.view_as(grads[n]).to(grads[n].dtype)
-            for n, part in zip(small, reduced, strict=True)
-        }
+        replicated = {n: part.view_as(grads[n]) for n, part in zip(small, reduced, strict=True)}
         replicated |= {n: waits[n]() for n in large}
         return StepGradient(
-            banks={n: waits[n]() for n in self._banks},
-            replicated=replicated,
+            banks={n: waits[n] for n in self._banks},
+            replicated={n: g.to(self._replicated[n].dtype) for n, g in replicated.items()},
             loss=losses[0],
             norm=norm[0],
         )
 
     def _clip_global(self, step: StepGradient) -> StepGradient:
-        shares = [g.float().square().sum() for g in step.banks.values() if g.numel()]
+        banks = {name: wait() for name, wait in step.banks.items()}
+        shares = [g.square().sum() for g in banks.values() if g.numel()]
         squared = torch.stack(shares).sum() if shares else step.loss.new_zeros(())
         squared = self._world.sum_(squared)
         norm = (squared + total_norm(step.replicated.values()).square()).sqrt()
         if self._clip_norm:
-            grads = [g for g in (*step.banks.values(), *step.replicated.values()) if g.numel()]
+            grads = [g for g in (*banks.values(), *step.replicated.values()) if g.numel()]
             torch._foreach_mul_(grads, clip_coefficient(norm, self._clip_norm))
-        return StepGradient(banks=step.banks, replicated=step.replicated, loss=step.loss, norm=norm)
+        return StepGradient(
+            banks={name: at_once(grad) for name, grad in banks.items()},
+            replicated=step.replicated,
+            loss=step.loss,
+            norm=norm,
+        )

@@ -10,12 +10,13 @@ optimizer for hidden layers in neural networks" (2024); the row normalisation is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from golf_ray.optim.world import World
+from golf_ray.optim.world import Wait, World
 
 NS_COEFFICIENTS = (3.4445, -4.775, 2.0315)
 NORM_FLOOR = 1e-7
@@ -93,12 +94,12 @@ class Muon:
 
     @torch.no_grad()
     def step(
-        self, grads: dict[str, Tensor], *, lr: float, weight_decay: float, momentum: float
+        self, grads: Mapping[str, Wait], *, lr: float, weight_decay: float, momentum: float
     ) -> None:
         """Update the banks.
 
         Args:
-            grads: this rank's share of each bank's averaged gradient.
+            grads: this rank's share of each bank's averaged gradient, waited for in turn.
             lr: learning rate, the schedule's multiplier included.
             weight_decay: decoupled; p *= 1 - lr * weight_decay.
             momentum: of this step.
@@ -107,9 +108,10 @@ class Muon:
         for name, bank in self.banks.items():
             count, rows, columns = bank.shape
             share = bank[self.world.share(count)]
+            grad = grads[name]()
             if share.shape[0]:
                 update = muon_direction(
-                    grads[name],
+                    grad,
                     self.buffers[name],
                     momentum,
                     self.newton_schulz_steps,

@@ -17,6 +17,15 @@ from torch import Tensor
 CPU = torch.device("cpu")
 Wait = Callable[[], Tensor]
 
+# torch 2.13 renames both and warns of the older names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def at_once(tensor: Tensor) -> Wait:
+    """A result that is there already."""
+    return lambda: tensor
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
@@ -44,7 +53,7 @@ class World:
     def mean(self, tensor: Tensor) -> Wait:
         """Begin to average a tensor over the ranks, in place; the result waits for the end."""
         if self.size == 1:
-            return lambda: tensor
+            return at_once(tensor)
         work = dist.all_reduce(tensor, async_op=True)
 
         def wait() -> Tensor:
@@ -70,10 +79,10 @@ class World:
         A reduce-scatter along the first dimension, padded with zeros to a multiple of the ranks.
         """
         if self.size == 1:
-            return lambda: bank_NRC
+            return at_once(bank_NRC)
         padded = self._padded(bank_NRC)
         out = padded.new_empty(padded.shape[0] // self.size, *padded.shape[1:])
-        work = dist.reduce_scatter_tensor(out, padded, async_op=True)
+        work = _reduce_scatter(out, padded, async_op=True)
 
         def wait() -> Tensor:
             work.wait()
@@ -85,12 +94,12 @@ class World:
     def gather_shares(self, share_NRC: Tensor, count: int) -> Wait:
         """Begin to put the ranks' shares of a bank of `count` matrices together again."""
         if self.size == 1:
-            return lambda: share_NRC
+            return at_once(share_NRC)
         per_rank = -(-count // self.size)
         mine = share_NRC.new_zeros(per_rank, *share_NRC.shape[1:])
         mine[: share_NRC.shape[0]] = share_NRC
         out = share_NRC.new_empty(per_rank * self.size, *share_NRC.shape[1:])
-        work = dist.all_gather_into_tensor(out, mine, async_op=True)
+        work = _all_gather(out, mine, async_op=True)
 
         def wait() -> Tensor:
             work.wait()

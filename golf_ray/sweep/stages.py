@@ -29,7 +29,12 @@ def train_stage(config: Config, folder: Path) -> dict[str, Any]:
     return {
         "wall_s": done.outcome.wall_s,
         "start_s": done.outcome.start_s,
+        "compile_s": done.result.compile_s,
         "elapsed_s": done.result.elapsed_s,
+        "tokens_per_s": done.result.tokens_per_s,
+        "tokens_per_s_looping": done.result.tokens_per_s_looping,
+        "peak_memory_bytes": done.result.peak_memory_bytes,
+        "compute": dict(done.result.compute),
         "steps": done.result.steps,
         "tokens": done.result.tokens,
         "train_loss_nats": done.result.train_loss_nats,
@@ -47,10 +52,15 @@ def quantize_stage(config: Config, trained: Path, folder: Path) -> dict[str, Any
     """
     began_s = time.perf_counter()
     made = api.quantize(trained / FINAL_FILE, config, out=make_folder(folder) / ARTIFACT_FILE)
+    made_s = time.perf_counter() - began_s
     scored = api.evaluate(folder / ARTIFACT_FILE, config, method="packed")
     return {
         **made.sizes.to_dict(),
         "int6_bpb": scored.result.score.bpb,
+        "hessians_s": made.report.hessian_s,
+        "codes_s": made.report.factor_s + made.report.codes_s,
+        "compress_s": made.compress_s,
+        "packed_s": time.perf_counter() - began_s - made_s,
         "quantize_s": time.perf_counter() - began_s,
     }
 

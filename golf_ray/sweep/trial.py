@@ -114,6 +114,11 @@ def _train(config: Config, store: StageStore, record: TrialRecord) -> StageOutpu
         stage="quantize",
         trained=not output.reused,
         train_s=0.0 if output.reused else output.result["wall_s"],
+        phases_s={name: output.result[f"{name}_s"] for name in ("start", "compile", "elapsed")},
+        tokens_per_s=output.result["tokens_per_s"],
+        tokens_per_s_looping=output.result["tokens_per_s_looping"],
+        peak_memory_bytes=output.result["peak_memory_bytes"],
+        compute=output.result["compute"],
         steps=output.result["steps"],
         train_loss_nats=output.result["train_loss_nats"],
         val_bpb=output.result["val_bpb"],
@@ -138,6 +143,13 @@ def _quantize(
     record.update(
         stage="evaluate",
         quantize_s=0.0 if output.reused else output.result["quantize_s"],
+        phases_s={
+            **record.data["phases_s"],
+            **{
+                name: output.result[f"{name}_s"]
+                for name in ("hessians", "codes", "compress", "packed")
+            },
+        },
         int6_bpb=output.result["int6_bpb"],
         model_bytes=output.result["model_bytes"],
         code_bytes=output.result["code_bytes"],
@@ -162,6 +174,7 @@ def _evaluate(
     output = store.get("evaluate", key, lambda _: evaluate_stage(config, artifact))
     record.update(
         evaluate_s=0.0 if output.reused else output.result["wall_s"],
+        phases_s={**record.data["phases_s"], "ttt": output.result["wall_s"]},
         ttt_bpb=output.result["val_bpb"],
         ttt_loss_nats=output.result["val_loss_nats"],
         tokens_scored=output.result["tokens_scored"],

@@ -1,0 +1,179 @@
+"""Each fused operation against its twin in torch, and against the twin under torch.compile.
+
+Shapes are those of one micro-batch of a configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from golf_ray.bench.host import field_segments
+from golf_ray.bench.timing import median_ms
+from golf_ray.config import Config
+from golf_ray.kernels import embedding, heads, loss, mlp, residual
+from golf_ray.kernels.residual import Mix
+from golf_ray.model.attention import attend
+from golf_ray.model.compute import Compute
+from golf_ray.model.segments import Segments
+
+Run = Callable[..., Sequence[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelTiming:
+    """Milliseconds of one operation; None where it cannot run."""
+
+    operation: str
+    shape: str
+    fused_forward_ms: float | None
+    fused_both_ms: float | None
+    """Forward and backward."""
+    twin_forward_ms: float | None
+    twin_both_ms: float | None
+    compiled_forward_ms: float | None
+    compiled_both_ms: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with ratios: how many times faster the fused operation is."""
+        return {
+            **asdict(self),
+            "against_twin": _ratio(self.twin_both_ms, self.fused_both_ms),
+            "against_compiled": _ratio(self.compiled_both_ms, self.fused_both_ms),
+        }
+
+
+def _ratio(theirs: float | None, ours: float | None) -> float | None:
+    return theirs / ours if theirs is not None and ours else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Case:
+    operation: str
+    shape: str
+    leaves: list[Tensor]
+    fused: Run
+    twin: Run
+
+
+def time_kernels(
+    config: Config, device: torch.device, compute: Compute, *, compiled: bool
+) -> Iterator[KernelTiming]:
+    """Time every operation, one after the other.
+
+    Args:
+        compute: arithmetic, and whether fused operations can run.
+        compiled: time twins under torch.compile too, which takes seconds each to compile.
+    """
+    for case in _cases(config, device, compute):
+        fused = compute.kernels == "triton"
+        if case.operation == "attention":
+            fused = fused and compute.attention == "fa3"
+        forward, both = _timed(case.fused, case.leaves, device) if fused else (None, None)
+        twin_forward, twin_both = _timed(case.twin, case.leaves, device)
+        compiled_forward, compiled_both = None, None
+        if compiled:
+            twin = torch.compile(case.twin, dynamic=False)
+            compiled_forward, compiled_both = _timed(twin, case.leaves, device)
+        yield KernelTiming(
+            operation=case.operation,
+            shape=case.shape,
+            fused_forward_ms=forward,
+            fused_both_ms=both,
+            twin_forward_ms=twin_forward,
+            twin_both_ms=twin_both,
+            compiled_forward_ms=compiled_forward,
+            compiled_both_ms=compiled_both,
+        )
+
+
+def _timed(run: Run, leaves: list[Tensor], device: torch.device) -> tuple[float, float]:
+    seeds = [torch.randn_like(output) for output in run(*leaves)]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return run(*leaves)
+
+    def both() -> None:
+        torch.autograd.grad(list(run(*leaves)), leaves, seeds, allow_unused=True)
+
+    return median_ms(forward, device), median_ms(both, device)
+
+
+def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_Case]:
+    model, T = config.model, config.train.micro_batch_tokens
+    D, F, V, E = model.model_dim, model.mlp_dim, model.vocab_size, model.embedding_dim
+    H, G, d = model.num_heads, model.num_kv_heads, model.head_dim
+
+    def leaf(*shape: int, scale: float = 1.0, wide: bool = False) -> Tensor:
+        dtype = torch.float32 if wide else compute.dtype
+        x = torch.randn(shape, device=device, dtype=torch.float32) * scale
+        return x.to(dtype).requires_grad_()
+
+    enter = (Mix(terms=((0, 0), (1, 1), (2, 2)), scale=0.5),)
+    after = (Mix(terms=((0, 0), (1, 1)), scale=0.5),)
+    for name, mixes, count in (("mix, 3 tensors", enter, 3), ("mix, 2 tensors", after, 2)):
+        yield _Case(
+            operation=name,
+            shape=f"{T}x{D}",
+            leaves=[*(leaf(T, D) for _ in range(count)), leaf(count, D, wide=True)],
+            fused=lambda *t, mixes=mixes: residual.mix_fused(t[:-1], t[-1], mixes),
+            twin=lambda *t, mixes=mixes: residual.mix(t[:-1], t[-1], mixes),
+        )
+    yield _Case(
+        operation="mlp",
+        shape=f"{T}x{D}x{F}",
+        leaves=[leaf(T, D), leaf(F, D, scale=D**-0.5), leaf(D, F, scale=F**-0.5)],
+        fused=lambda *t: mlp.mlp_fused(*t)[:1],
+        twin=lambda *t: mlp.mlp(*t)[:1],
+    )
+    targets = torch.randint(0, V, (T,), device=device)
+    cap = model.logit_softcap
+    yield _Case(
+        operation="head and loss",
+        shape=f"{T}x{E}x{V}",
+        leaves=[leaf(T, E), leaf(V, E, scale=E**-0.5)],
+        fused=lambda x, w: [loss.head_losses_fused(x, w, targets, cap)],
+        twin=lambda x, w: [loss.cross_entropy(x @ w.t(), targets, cap)],
+    )
+    yield _Case(
+        operation="embedding",
+        shape=f"{T} of {V}x{E}",
+        leaves=[leaf(V, E, scale=0.005)],
+        fused=lambda w: [embedding.embed_fused(w, targets, compute.dtype)],
+        twin=lambda w: [embedding.embed(w, targets, compute.dtype)],
+    )
+    lengths = field_segments(T, config.data.seq_len)
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    segments = Segments.of_bounds(bounds, max(lengths), device)
+    cos, sin = heads.rotary_tables(segments.positions_T, model.rope_dims, model.rope_base)
+
+    def twin(qkv: Tensor, gain: Tensor) -> list[Tensor]:
+        q, k, v = heads.split_heads(qkv, G, d)
+        q, k = heads.prepare(q, k, gain.to(qkv.dtype), cos, sin)
+        return [heads.remove_own_value(attend(q, k, v, segments, compute.attention), v)]
+
+    yield _Case(
+        operation="attention",
+        shape=f"{T} tokens, {len(lengths)} segments, {H}/{G}x{d}",
+        leaves=[leaf(T, (H + 2 * G) * d), leaf(H, wide=True)],
+        fused=lambda qkv, gain: [
+            heads.attention_fused(
+                qkv,
+                gain,
+                cos,
+                sin,
+                segments.cu_seqlens,
+                segments.max_seqlen,
+                num_kv_heads=G,
+                head_dim=d,
+                own_value=False,
+            )
+        ],
+        twin=twin,
+    )

@@ -1,0 +1,220 @@
+"""Benchmark reports: what is run, the document that comes out, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from golf_ray.bench import training
+from golf_ray.bench.host import describe, yardsticks
+from golf_ray.bench.kernels import time_kernels
+from golf_ray.config import Config
+from golf_ray.errors import UsageError
+
+Tell = Callable[[str], None]
+Table = list[tuple[str, ...]]
+
+SPEEDS = (("loop off", "tokens_per_s"), ("loop on", "tokens_per_s_looping"))
+
+
+def bench_training(
+    config: Config,
+    *,
+    steps: int,
+    on_data: bool,
+    profile: bool,
+    baseline: bool,
+    start_up: bool,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Measure training with `config.cluster.num_workers` workers.
+
+    Args:
+        steps: counted steps of either kind.
+        on_data: on the training shards of the configuration; else on random documents.
+        tell: told what is being done.
+
+    Raises:
+        GolfRayError: data, a cluster or a GPU that is asked for is not there.
+    """
+    from golf_ray.api.machine import fitted_to_machine, pick_device
+
+    config = fitted_to_machine(training.bench_config(config, steps))
+    device = pick_device(config)
+    tell("yardsticks")
+    found: dict[str, Any] = {
+        "kind": "bench train",
+        "host": describe(device),
+        "yardsticks": yardsticks(device),
+        "shape": {
+            "batch_tokens": config.train.batch_tokens,
+            "micro_batches": config.train.micro_batches,
+            "workers": config.cluster.num_workers,
+            "steps_of_either_kind": steps,
+            "text": "training shards" if on_data else "random documents of the field's lengths",
+        },
+    }
+    with training.random_shards(config) as random:
+        shards = _shards(config) if on_data else random
+        tell("training")
+        if config.cluster.num_workers > 1:
+            found["training"] = _on_ray(config, shards)
+        else:
+            found["training"] = training.run_here(config, shards, device, profiled=profile)
+        if baseline:
+            tell("torch.compile alone")
+            single = config.with_overrides({"cluster.num_workers": 1})
+            found["baseline"] = training.run_here(training.plain_config(single), shards, device)
+            found["against_baseline"] = training.ratios(found["training"], found["baseline"])
+        if start_up:
+            tell("start-up")
+            found["start_up"] = training.time_start_up(config, shards)
+    return found
+
+
+def _shards(config: Config) -> Any:
+    from golf_ray.data.shards import find_shards
+
+    return find_shards(config.data, config.model.vocab_size, "train")
+
+
+def _on_ray(config: Config, shards: Any) -> dict[str, Any]:
+    from golf_ray.api.machine import connected
+    from golf_ray.resources import training_bundles
+
+    bundles = training_bundles(config)
+    with connected(None, bundles, config.cluster.placement, "benchmark", files=shards):
+        return training.run_on_ray(config, shards)
+
+
+def bench_kernels(config: Config, *, compiled: bool, tell: Tell) -> dict[str, Any]:
+    """Measure each operation at the shapes of one micro-batch.
+
+    Raises:
+        GolfRayError: a GPU is asked for and there is none.
+    """
+    from golf_ray.api.machine import fitted_to_machine, pick_device
+    from golf_ray.model.compute import choose_compute
+
+    config = fitted_to_machine(config)
+    device = pick_device(config)
+    compute = choose_compute(config, device)
+    rows = []
+    for timing in time_kernels(config, device, compute, compiled=compiled):
+        tell(timing.operation)
+        rows.append(timing.to_dict())
+    return {
+        "kind": "bench kernels",
+        "host": describe(device),
+        "compute": compute.to_dict(),
+        "kernels": rows,
+    }
+
+
+def against(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, float]:
+    """Ratios of this run's figures over an earlier one's: above 1 is faster now.
+
+    Raises:
+        UsageError: the earlier document has no figures of training.
+    """
+    if not isinstance(earlier.get("training"), dict):
+        raise UsageError("the earlier document has no figures", "give one of 'bench train --json'")
+    out = training.ratios(found["training"], earlier["training"])
+    mine, theirs = found["yardsticks"], earlier.get("yardsticks", {})
+    for name in mine:
+        if theirs.get(name):
+            faster = mine[name] / theirs[name]
+            out[f"yardstick {name}"] = 1 / faster if name.endswith("_ms") else faster
+    return out
+
+
+# Tables -----------------------------------------------------------------------------------------
+
+
+def training_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Titles and tables of a training's document."""
+    host, shape, mine = found["host"], found["shape"], found["training"]
+    yield (
+        f"{host['device']}, torch {host['torch']}: {_workers(shape['workers'])}, "
+        f"{shape['batch_tokens']:,} tokens a step, {shape['text']}",
+        list(_speed_rows(found, mine)),
+    )
+    if found.get("start_up"):
+        rows: Table = [
+            (name.removesuffix("_s"), f"{s:.1f} s") for name, s in found["start_up"].items()
+        ]
+        yield "from entering the training function to its first step", rows
+    for name, shares in (mine.get("profile") or {}).items():
+        total = sum(share["ms"] for share in shares)
+        rows = [("category", "ms", "share", "kernels")]
+        rows += [
+            (s["category"], f"{s['ms']:.1f}", f"{s['share']:.1%}", str(s["kernels"]))
+            for s in shares
+        ]
+        yield f"one step, {name}: {total:.1f} ms of GPU time", rows
+    yield "yardsticks", [(name, f"{value:.3g}") for name, value in found["yardsticks"].items()]
+    if "against_earlier" in found:
+        rows = [(name, f"{ratio:.3f}x") for name, ratio in found["against_earlier"].items()]
+        yield "against the earlier run (above 1 is faster now)", rows
+
+
+def _speed_rows(found: dict[str, Any], mine: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    base = found.get("baseline")
+    yield ("", "golf_ray", *(("torch.compile alone", "ratio") if base else ()))
+    for name, field in SPEEDS:
+        cells = [_speed(mine[field])]
+        if base:
+            ratio = found["against_baseline"].get(field)
+            cells += [_speed(base[field]), "" if ratio is None else f"{ratio:.2f}x"]
+        yield (name, *cells)
+    if mine["peak_memory_bytes"] is not None:
+        more = (f"{base['peak_memory_bytes'] / 1e9:.1f} GB", "") if base else ()
+        yield ("peak memory", f"{mine['peak_memory_bytes'] / 1e9:.1f} GB", *more)
+    more = (f"{base['compile_s']:.1f} s", "") if base else ()
+    yield ("compile and warm up", f"{mine['compile_s']:.1f} s", *more)
+    yield (
+        "attention",
+        mine["compute"]["attention"],
+        *((base["compute"]["attention"], "") if base else ()),
+    )
+
+
+def _workers(count: int) -> str:
+    return "1 worker" if count == 1 else f"{count} workers"
+
+
+def _speed(tokens_per_s: float | None) -> str:
+    return "not measured" if tokens_per_s is None else f"{tokens_per_s:,.0f} tok/s"
+
+
+def kernel_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Title and table of the kernels' document."""
+    host, compute = found["host"], found["compute"]
+    rows: Table = [
+        ("operation", "shape", "fused", "torch", "compiled", "against torch", "against compiled")
+    ]
+    for row in found["kernels"]:
+        rows.append(
+            (
+                row["operation"],
+                row["shape"],
+                _ms(row["fused_forward_ms"], row["fused_both_ms"]),
+                _ms(row["twin_forward_ms"], row["twin_both_ms"]),
+                _ms(row["compiled_forward_ms"], row["compiled_both_ms"]),
+                _times(row["against_twin"]),
+                _times(row["against_compiled"]),
+            )
+        )
+    yield (
+        f"{host['device']}, torch {host['torch']}, {compute['dtype']}, attention "
+        f"{compute['attention']}: ms forward / forward and backward",
+        rows,
+    )
+
+
+def _ms(forward: float | None, both: float | None) -> str:
+    return "-" if forward is None or both is None else f"{forward:.3f} / {both:.3f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"

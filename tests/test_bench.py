@@ -1,0 +1,135 @@
+"""Benchmarks: documents as the field's, categories, the documents that come out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_runner import golf_ray
+
+from golf_ray.bench import report
+from golf_ray.bench.corpus import document_lengths, random_tokens, write_random_shards
+from golf_ray.bench.host import field_segments
+from golf_ray.bench.profile import OTHER, category_of
+from golf_ray.bench.timing import median_ms
+from golf_ray.data.shards import BOS_ID, open_shard
+
+
+def test_random_documents_are_as_long_as_the_field_s() -> None:
+    lengths = document_lengths(200_000, seed=1)
+    published = {0.10: 149, 0.50: 476, 0.90: 1596, 0.99: 5681}
+    for quantile, expected in published.items():
+        # Two standard errors of a quantile of 200,000 are under 2%.
+        assert np.quantile(lengths, quantile) == pytest.approx(expected, rel=0.04)
+    # 811 tokens on average; over 4,096 tokens 2% of the documents.
+    assert lengths.mean() == pytest.approx(811, rel=0.03)
+    assert (lengths > 4096).mean() == pytest.approx(0.02, abs=0.003)
+    assert lengths.min() >= 2 and np.array_equal(lengths, document_lengths(200_000, seed=1))
+
+
+def test_random_shards_are_shards(tmp_path: Path) -> None:
+    (path,) = write_random_shards(tmp_path, 1, 50_000, 512)
+    tokens = open_shard(path, 512)
+    assert len(tokens) == 50_000 and tokens[0] == BOS_ID
+    assert np.array_equal(tokens, random_tokens(50_000, 512))
+    assert 30 < int((np.asarray(tokens) == BOS_ID).sum()) < 120
+
+
+def test_segments_fill_a_buffer() -> None:
+    lengths = field_segments(98_304)
+    assert sum(lengths) == 98_304 and max(lengths) <= 2048 and 100 < len(lengths) < 200
+
+
+@pytest.mark.parametrize(
+    ("kernel", "category"),
+    [
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnBwdSm90<...", "backward"),
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...", "forward"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_splitK_NTN", "matrix products"),
+        ("_up", "MLP kernels"),
+        ("_down_backward", "MLP kernels"),
+        ("_mix_backward", "mixes"),
+        ("_prepare", "heads"),
+        ("_cross_entropy", "cross entropy"),
+        ("triton_poi_fused_add_0", "compiled"),
+        ("ncclDevKernel_AllGather_RING_LL", "communication"),
+        ("something new", OTHER),
+    ],
+)
+def test_kernels_fall_into_categories(kernel: str, category: str) -> None:
+    assert category in category_of(kernel)
+
+
+def test_a_median_is_of_the_runs_that_count() -> None:
+    runs = []
+    ms = median_ms(lambda: runs.append(1), torch.device("cpu"), runs=5, warm_up=2)
+    assert len(runs) == 7 and 0 <= ms < 10
+
+
+def test_bench_train_measures_compares_and_writes(tmp_path: Path) -> None:
+    first = tmp_path / "first.json"
+    options = ("--preset", "tiny", "--steps", "2", "--no-baseline", "--no-start-up")
+    done = golf_ray("bench", "train", *options, "--out", str(first), "--json")
+    assert done.status == 0, done.err
+    document = json.loads(done.out)
+    assert document == json.loads(first.read_text())
+    assert document["kind"] == "bench train" and document["host"]["torch"] == torch.__version__
+    training = document["training"]
+    assert training["tokens_per_s"] > 0 and training["tokens_per_s_looping"] > 0
+    assert training["steps"] == 8 and training["compute"]["attention"] == "sdpa"
+
+    again = golf_ray("bench", "train", *options, "--compare", str(first))
+    assert again.status == 0, again.err
+    assert "loop off" in again.out and "against the earlier run" in again.out
+
+
+def test_bench_train_starts_in_a_process_of_its_own() -> None:
+    done = golf_ray("bench", "train", "--preset", "tiny", "--steps", "2", "--no-baseline", "--json")
+    found = json.loads(done.out)["start_up"]
+    assert found.keys() == {"cold_s", "warm_s"} and all(0 < s < 60 for s in found.values())
+
+
+def test_bench_kernels_without_a_gpu_times_torch() -> None:
+    done = golf_ray("bench", "kernels", "--preset", "tiny", "--no-compiled", "--json")
+    assert done.status == 0, done.err
+    rows = json.loads(done.out)["kernels"]
+    assert {row["operation"] for row in rows} == {
+        "mix, 3 tensors", "mix, 2 tensors", "mlp", "head and loss", "embedding", "attention"
+    }  # fmt: skip
+    for row in rows:
+        assert row["twin_both_ms"] > 0 and row["fused_both_ms"] is None
+        assert row["against_twin"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "cannot be compared with"), ("{", "cannot be compared"), ('{"kind": "x"}', "no docum")],
+)
+def test_a_document_that_is_none_is_one_line(
+    content: str | None, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "earlier.json"
+    if content is not None:
+        path.write_text(content)
+    done = golf_ray("bench", "train", "--preset", "tiny", "--compare", str(path))
+    assert done.status == 2 and expected in done.error and not done.out
+
+
+def test_ratios_say_what_is_faster() -> None:
+    def document(speed: float, product: float, forward_ms: float) -> dict[str, object]:
+        return {
+            "training": {"tokens_per_s": speed, "tokens_per_s_looping": None},
+            "yardsticks": {"product_tflops": product, "fa3_forward_ms": forward_ms},
+        }
+
+    found = report.against(document(1.2e6, 700.0, 0.5), document(1.0e6, 350.0, 1.0))
+    assert found == pytest.approx(
+        {
+            "tokens_per_s": 1.2,
+            "yardstick product_tflops": 2.0,
+            "yardstick fa3_forward_ms": 2.0,
+        }
+    )

@@ -1,0 +1,167 @@
+"""Fused operations, attention and captured graphs on a GPU. These skip themselves elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import (
+    MIXES,
+    Case,
+    attention_case,
+    embed_case,
+    errors,
+    head_case,
+    loss_case,
+    mix_case,
+    mlp_case,
+    small_cases,
+)
+from reference import TRAIN_SHARDS, training_states
+from test_model_attention import operands, packed, plain
+
+from golf_ray.config import Config
+from golf_ray.model.attention import Backend, attend, why_not
+from golf_ray.optim.world import World
+from golf_ray.presets import TINY
+from trainers.code_cache import CodeCache
+from trainers.loop import TrainingRun
+from trainers.reporting import Interval, Reporter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+
+CASES = [
+    *small_cases(),
+    *(mix_case(kind, 1000, 512) for kind in MIXES),
+    mlp_case(1000, 512, 2048),
+    mlp_case(777, 384, 1000),
+    loss_case(300, 8192, 30.0),
+    loss_case(40, 50304, 30.0),
+    head_case(500, 512, 8192),
+    embed_case(3000, 8192, 512),
+    attention_case(8, 4, 64, 16, (700, 1, 300, 2048)),
+    attention_case(8, 2, 64, 16, (513, 100), own_value=True),
+]
+# Each output and gradient is rounded to 16 bits once or twice, and starts from rounded ones.
+TOLERANCE = {torch.bfloat16: 2.0**-8 * 4, torch.float16: 2.0**-11 * 4, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_ops_are_their_twins(case: Case, dtype: torch.dtype) -> None:
+    if case.halves_only and (dtype == torch.float32 or why_not("fa3", CUDA, dtype, 64)):
+        pytest.skip("FlashAttention-3 computes in 16 bits on Hopper GPUs")
+    found = errors(case, dtype, "cuda")
+    assert found and max(found.values()) <= TOLERANCE[dtype], found
+
+
+@pytest.mark.parametrize("backend", ["fa3", "varlen", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("H", "G", "d"), [(8, 4, 64), (4, 4, 32), (6, 1, 64)])
+def test_attention_backends_agree(
+    backend: Backend, dtype: torch.dtype, H: int, G: int, d: int
+) -> None:
+    if reason := why_not(backend, CUDA, dtype, d):
+        pytest.skip(f"{backend} {reason}")
+    lengths = [5, 1, 170, 700, 33]
+    leaves = [t.detach().to(CUDA, dtype).requires_grad_() for t in operands(lengths, H, G, d)]
+    segments = packed(lengths)
+    segments = type(segments)(
+        cu_seqlens=segments.cu_seqlens.cuda(),
+        max_seqlen=segments.max_seqlen,
+        positions_T=segments.positions_T.cuda(),
+    )
+    found = attend(*leaves, segments, backend)
+    wide = [leaf.detach().cpu().float().requires_grad_() for leaf in leaves]
+    expected = plain(*wide, lengths)
+    seed = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mine = [found, *torch.autograd.grad(found, leaves, seed.cuda())]
+    theirs = [expected, *torch.autograd.grad(expected, wide, seed.double())]
+    for a, b in zip(mine, theirs, strict=True):
+        error = (a.detach().cpu().double() - b.detach().double()).norm() / b.detach().norm()
+        assert error <= TOLERANCE[dtype]
+
+
+# Training -----------------------------------------------------------------------------------------
+
+HALF = TINY.with_overrides({"train.precision": "bfloat16", "train.log_every_steps": 1})
+
+
+class Losses(Reporter):
+    """Keeps the loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def interval(self, interval: Interval) -> None:
+        self.values.append(interval.train_loss_nats)
+
+
+def run_of(config: Config, losses: Losses | None = None, **more: object) -> TrainingRun:
+    return TrainingRun(
+        config,
+        TRAIN_SHARDS,
+        world=World(device=CUDA),
+        reporter=losses,
+        initial=training_states()["init"],
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def losses_of(config: Config) -> list[float]:
+    losses = Losses()
+    with run_of(config, losses) as run:
+        run.run()
+    return losses.values
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"kernels.graphs": False},
+        {"kernels.backend": "torch"},
+        {"attention.backend": "varlen"},
+        {"attention.backend": "sdpa"},
+        {"kernels.backend": "torch", "attention.backend": "sdpa", "kernels.graphs": False},
+    ],
+    ids=str,
+)
+def test_ways_to_compute_give_one_loss_curve(other: dict[str, object]) -> None:
+    # Within bfloat16's noise: losses are good to about 2^-8 relative.
+    assert losses_of(HALF.with_overrides(other)) == pytest.approx(losses_of(HALF), rel=2**-8)
+
+
+def test_preparing_changes_nothing() -> None:
+    with run_of(HALF) as run:
+        before = copy.deepcopy(run._state())
+        run.prepare()
+        after = run._state()
+    for name, tensor in before.weights.items():
+        assert torch.equal(tensor, after.weights[name]), name
+    for name, tensor in before.average.items():
+        assert torch.equal(tensor, after.average[name]), name
+    assert not after.optimizer["adam"] and not before.optimizer["adam"]
+    for name, tensor in before.optimizer["muon"].items():
+        assert torch.equal(tensor, after.optimizer["muon"][name]), name
+    assert before.loader == after.loader
+
+
+def test_a_second_run_finds_compiled_code(tmp_path: Path) -> None:
+    def code(root: str) -> CodeCache:
+        return CodeCache(config=config, device=CUDA, root=tmp_path / root)
+
+    config = HALF.with_overrides({"kernels.cache": str(tmp_path / "shared")})
+    found = []
+    for root in ("here", "here", "elsewhere"):
+        with run_of(config, code=code(root)) as run:
+            run.prepare()
+            assert run.code is not None and run.code.trouble is None
+            found.append(run.code.found)
+    assert found == ["nothing", "here", "shared"]
+    assert list((tmp_path / "elsewhere").glob("*/triton/*/*.cubin"))
