@@ -39,8 +39,11 @@ def cluster_address() -> Iterator[str]:
 
     The resources are made up; all of it runs on this machine, and ends with the session.
     """
+    from ray._private.utils import get_ray_address_file
     from ray.cluster_utils import Cluster
 
+    # Cluster notes its address in Ray's own folder, which nothing on a new machine has made yet.
+    Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="gr-tests-", dir="/tmp"))
     head = {"num_cpus": HEAD_CPUS, "num_gpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**head, "temp_dir": str(folder)})
