@@ -10,7 +10,9 @@ Invariant: gradients and losses of a replayed micro-batch are those of the opera
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,10 @@ from golf_ray.errors import ConfigError
 from golf_ray.model.model import GolfModel
 from golf_ray.model.segments import Segments
 from golf_ray.optim.gradients import GradientAccumulator
-from trainers.batches import HostBatch
+from trainers.batches import HostBatch, random_batch
+
+SMALL_TOKENS_A_BOUND = 16
+"""Of a batch that is there for its number of segments only."""
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
 
@@ -72,6 +77,7 @@ class MicroBatches:
         self._graphs: dict[tuple[bool, int], _Graph] = {}
         self._positions: dict[int, Tensor] = {}
         self._pool: Any = None
+        self._seen_bounds: set[int] = set()
 
     def __call__(self, batch: HostBatch, loop: bool) -> None:
         """Add the gradient of one micro-batch.
@@ -96,21 +102,19 @@ class MicroBatches:
     def warm_up(self, batch: HostBatch, loop: bool) -> None:
         """Do once, without a graph, all that a micro-batch does: compiling and first launches ask
         things of the host that a capture forbids. What the accumulator holds is lost."""
-        if self._device.type != "cuda":
+        with self._aside():
             self._gradients.accumulate(self._compute(batch, loop))
-            return
-        # Not on the stream of everything else, which a capture must not wait for.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._gradients.accumulate(self._compute(batch, loop))
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        # The side stream's memory is of no use to the graphs, which have a pool of their own.
-        torch.cuda.empty_cache()
 
     def capture(self, batch: HostBatch, loop: bool) -> _Graph:
         """Capture a micro-batch of this shape; the accumulator stays as it is."""
+        num_bounds = len(batch.cu_seqlens)
+        if num_bounds not in self._seen_bounds:
+            # Attention has kernels of its own for different numbers of segments: a small batch
+            # with as many has them loaded.
+            few = self._random(SMALL_TOKENS_A_BOUND * num_bounds, num_bounds, batch.max_seqlen)
+            with self._aside():
+                self._gradients.differentiate(self._compute(few, loop))
+            self._seen_bounds.add(num_bounds)
         x, y, cu_seqlens = (self._moved(t) for t in (batch.x, batch.y, batch.cu_seqlens))
         loss, norm = (torch.zeros((), device=self._device) for _ in range(2))
         positions = self._positions_of(x)
@@ -132,8 +136,28 @@ class MicroBatches:
         # Graphs never run at once and leave nothing behind for one another: one pool serves all.
         self._pool = graph.pool()
         captured = _Graph(graph=graph, x=x, y=y, cu_seqlens=cu_seqlens, loss=loss, norm=norm)
-        self._graphs[loop, len(cu_seqlens)] = captured
+        self._graphs[loop, num_bounds] = captured
         return captured
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Not on the stream of everything else, which a capture must not wait for."""
+        if self._device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        # That stream's memory is of no use to the graphs, which have a pool of their own.
+        torch.cuda.empty_cache()
+
+    def _random(self, num_tokens: int, num_bounds: int, max_seqlen: int) -> HostBatch:
+        vocab_size = self._model.config.vocab_size
+        batch = random_batch(num_tokens, vocab_size, num_tokens, num_bounds, pinned=True)
+        return dataclasses.replace(batch, max_seqlen=max_seqlen)
 
     def _compute(self, batch: HostBatch, loop: bool) -> Tensor:
         x, y, cu_seqlens = (self._moved(t) for t in (batch.x, batch.y, batch.cu_seqlens))

@@ -1,6 +1,6 @@
 """Each fused operation against its twin in torch, and against the twin under torch.compile.
 
-Shapes are those of one micro-batch of a configuration.
+Shapes are those of one micro-batch of a configuration; times are those of the kernels alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from golf_ray.bench.host import field_segments
-from golf_ray.bench.timing import median_ms
+from golf_ray.bench.timing import busy_ms
 from golf_ray.config import Config
 from golf_ray.kernels import embedding, heads, loss, mlp, residual
 from golf_ray.kernels.residual import Mix
@@ -102,7 +102,7 @@ def _timed(run: Run, leaves: list[Tensor], device: torch.device) -> tuple[float,
     def both() -> None:
         torch.autograd.grad(list(run(*leaves)), leaves, seeds, allow_unused=True)
 
-    return median_ms(forward, device), median_ms(both, device)
+    return busy_ms(forward, device), busy_ms(both, device)
 
 
 def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_Case]:

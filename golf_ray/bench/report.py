@@ -207,7 +207,7 @@ def kernel_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
         )
     yield (
         f"{host['device']}, torch {host['torch']}, {compute['dtype']}, attention "
-        f"{compute['attention']}: ms forward / forward and backward",
+        f"{compute['attention']}: ms of kernels, forward / forward and backward",
         rows,
     )
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 FLUSH_BYTES = 256 * 1024 * 1024
 """More than any GPU's cache: written between runs, so that inputs come from memory."""
@@ -39,3 +40,18 @@ def median_ms(
         end.record()
     torch.cuda.synchronize(device)
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def busy_ms(work: Callable[[], object], device: torch.device, *, runs: int = 10) -> float:
+    """Milliseconds of kernels in one run of `work`, without the host's time between them: what is
+    left where launches are captured. On a CPU the median of whole runs."""
+    if device.type != "cuda":
+        return median_ms(work, device, runs=runs)
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
+        for _ in range(runs):
+            work()
+        torch.cuda.synchronize(device)
+    return sum(event.self_device_time_total for event in found.key_averages()) / 1e3 / runs

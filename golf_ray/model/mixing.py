@@ -2,7 +2,7 @@
 
 Between two layers nothing but per-channel factors acts on the stream: residual scales, the mix with
 the embedding, skips with their gates, the lanes' lambdas. So what a layer's norm sees is a linear
-combination of the tensors that the layer before left, and these tables hold its coefficients.
+combination of the tensors that the layer before left.
 
 With x a layer's input, x0 the embedding, y and b what the layer before left (its stream after
 attention, and its MLP's output), k a kept skip:
@@ -16,17 +16,18 @@ In lanes l0, l1 with outputs a and b of attention and MLP (r, p the lambdas of t
 
     l_k <- r_k l_k + p_0k attn_scale a + p_1k mlp_scale b      skips enter l0, u = m0 l0 + m1 x0
 
-Coefficients are products of small tensors in float32; those of all layers are made together, for a
-product a layer would be hundreds of tiny kernels.
+A *recipe* writes that down once for a model, as sums of products of named factors. A forward makes
+the coefficients of all layers from it together: for each layer on its own they would be hundreds of
+tiny kernels.
 
-Shapes: D model dim, S passes over layers, K rows of a table.
+Shapes: D model dim, K rows of coefficients, R rows of factors.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,64 +35,135 @@ from torch import Tensor
 
 from golf_ray.config import ModelConfig
 from golf_ray.kernels.residual import Mix
-from golf_ray.model.layout import VirtualLayer
+from golf_ray.model.layout import VirtualLayer, layer_plan, num_skips
 
 Lookup = Callable[[str], Tensor]
+Factor = tuple[str, int]
+"""Kind and number of a row of factors."""
+Coefficient = tuple[tuple[Factor, ...], ...]
+"""A sum of products; the empty product is 1."""
+Combination = Mapping[int, Coefficient]
+"""Tensors and their coefficients."""
+
+ONE: Coefficient = ((),)
+MOST_TERMS, MOST_FACTORS = 2, 4
+"""Of a coefficient, and of a product."""
+CONSTANTS = {("zero", 0): 0.0, ("one", 0): 1.0, ("half", 0): 0.5}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """The mixes at one place, over the tensors of the stream, then a skip, then the embedding."""
+    """The mixes at one place, over what the layer before left, then a skip, then the embedding."""
 
     mixes: tuple[Mix, ...]
-    coefs_KD: Tensor
     takes_skip: bool = False
     """Whether a kept tensor is among the tensors."""
     takes_embedding: bool = False
     keeps: bool = False
     """Whether the first output is kept for a later skip."""
 
+    @property
+    def num_rows(self) -> int:
+        """Coefficients that it takes: one a term."""
+        return sum(len(mix.terms) for mix in self.mixes)
 
-@dataclass(frozen=True, slots=True)
-class Mixing:
-    """All mixes of a pass, in order."""
 
-    entries: tuple[Entry, ...]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """All mixes of a pass, in order, and what their coefficients are."""
+
+    before: tuple[Entry, ...]
     """Before each layer: outputs are the kept tensor if any, then the stream and its norm; in lanes
     lane 0, lane 1, lane 1's norm, and the norm of the mix for attention."""
-    after_attention: tuple[Entry, ...]
+    after_attention: tuple[Entry | None, ...]
     """Of each layer that is not in lanes: the stream and its norm."""
     last: Entry
     """The final norm."""
+    index: tuple[tuple[tuple[int, ...], ...], ...]
+    """[K, terms, factors]: rows of `factor_rows`."""
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All, in the order of their coefficients."""
+        return (*self.before, *(e for e in self.after_attention if e is not None), self.last)
 
 
-def mixing(config: ModelConfig, plan: Sequence[VirtualLayer], tensor: Lookup) -> Mixing:
-    """The tables of a pass.
+def coefficients(recipe: Recipe, index_KTF: Tensor, factors_RD: Tensor) -> tuple[Tensor, ...]:
+    """Each entry's coefficients, [rows, D], in the entries' order.
 
     Args:
-        plan: its layers in order.
+        index_KTF: the recipe's index.
+        factors_RD: `factor_rows` of the model.
+    """
+    gathered = factors_RD.index_select(0, index_KTF.flatten())
+    product, *others = gathered.unflatten(0, index_KTF.shape).unbind(2)
+    for other in others:
+        product = product * other
+    return product.sum(1).split([entry.num_rows for entry in recipe.entries])
+
+
+def factor_rows(config: ModelConfig, tensor: Lookup) -> Tensor:
+    """The rows that coefficients are made of, float32 [R, D], in the order of `_numbers`.
+
+    Args:
         tensor: a small tensor of the state dict by name, in float32.
     """
-    factors = _factors(config, plan, tensor)
-    splits = next((s for s, step in enumerate(plan) if step.lanes), len(plan))
-    single = _single_tables(plan, splits, factors)
-    leaving = _leaving_lanes(plan[splits:], factors, tensor) if splits < len(plan) else None
-    entries = [_single_entry(config, plan, s, single[s]) for s in range(splits)]
-    if leaving is not None:
-        entries.append(_split_entry(config, plan, splits, factors))
-        tables = _lane_tables(leaving, factors, splits)
-        entries += [
-            _lane_entry(config, plan, splits + 1 + j, table) for j, table in enumerate(tables)
-        ]
-    after = torch.stack((torch.ones_like(factors.attn_SD), factors.attn_SD), 1).unbind(0)
-    return Mixing(
-        entries=tuple(entries),
-        after_attention=tuple(
-            Entry((Mix(terms=((0, 0), (1, 1)), scale=norm_scale(config, step)),), table)
-            for step, table in zip(plan, after, strict=True)
-        ),
-        last=_last_entry(config, factors, leaving),
+    L = range(config.num_layers)
+    weights = tensor("skip_weights")
+    constants = weights.new_tensor(list(CONSTANTS.values()))
+    rows = [constants[:, None].expand(-1, config.model_dim)]
+    rows += [tensor(f"blocks.{i}.resid_mix") for i in L]
+    rows += [tensor(f"blocks.{i}.attn_scale")[None] for i in L]
+    rows += [tensor(f"blocks.{i}.mlp_scale")[None] for i in L]
+    if config.skip_gates:
+        f = torch.sigmoid(tensor("skip_gates"))
+        rows += [f, (1 - f) * weights]
+    else:
+        rows += [torch.ones_like(weights), weights]
+    if config.parallel_start_layer is not None:
+        for name in ("parallel_resid_lambdas", "parallel_post_lambdas"):
+            rows.append(tensor(name).flatten()[:, None].expand(-1, config.model_dim))
+    return torch.cat(rows)
+
+
+def _numbers(config: ModelConfig) -> dict[Factor, int]:
+    """The row of each factor."""
+    L, J = config.num_layers, num_skips(config)
+    names: list[Factor] = list(CONSTANTS)
+    for i in range(L):
+        names += [("m0", i), ("m1", i)]
+    names += [("attn", i) for i in range(L)] + [("mlp", i) for i in range(L)]
+    names += [("f", j) for j in range(J)] + [("h", j) for j in range(J)]
+    if config.parallel_start_layer is not None:
+        names += [("r", n) for n in range(2 * L)] + [("p", n) for n in range(4 * L)]
+    return {name: row for row, name in enumerate(names)}
+
+
+@functools.cache
+def recipe(config: ModelConfig, loop: bool) -> Recipe:
+    """The recipe of a model's pass."""
+    plan = layer_plan(config, loop)
+    writer = _Writer(_numbers(config))
+    before = tuple(_before(writer, config, plan, s) for s in range(len(plan)))
+    after = tuple(
+        None
+        if step.lanes
+        else writer.entry(
+            [({0: ONE, 1: _of(("attn", step.layer))}, True, norm_scale(config, step))]
+        )
+        for step in plan
     )
+    lanes = _left_behind(plan[-1])
+    final: Combination = lanes[0]
+    if len(lanes) == 2:
+        shares = {"mean": ("half", "half"), "attention": ("one", "zero"), "mlp": ("zero", "one")}
+        first, second = (
+            _times(lane, (share, 0))
+            for lane, share in zip(lanes, shares[config.parallel_final_lane], strict=True)
+        )
+        final = _plus(first, second)
+    last = writer.entry([(final, False, 1.0)])
+    return Recipe(before=before, after_attention=after, last=last, index=tuple(writer.index))
 
 
 def norm_scale(config: ModelConfig, step: VirtualLayer) -> float:
@@ -99,207 +171,108 @@ def norm_scale(config: ModelConfig, step: VirtualLayer) -> float:
     return 1 / math.sqrt(step.layer + 1) if config.ln_scale else 1.0
 
 
-# Factors of all passes --------------------------------------------------------------------------
+# Writing a recipe -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Factors:
-    """Per-channel factors, a row a pass."""
+class _Writer:
+    """Numbers rows as mixes are written down."""
 
-    m0_SD: Tensor
-    m1_SD: Tensor
-    attn_SD: Tensor
-    mlp_SD: Tensor
-    f_SD: Tensor
-    """On the stream where a skip enters, 1 where none does."""
-    h_SD: Tensor
-    """On the skip, 0 where none enters."""
-    left_SD: Tensor
-    """On the MLP's output of the layer before."""
+    def __init__(self, numbers: Mapping[Factor, int]) -> None:
+        self._numbers = numbers
+        self.index: list[tuple[tuple[int, ...], ...]] = []
+
+    def entry(
+        self,
+        wanted: Iterable[tuple[Combination, bool, float | None]],
+        *,
+        takes_skip: bool = False,
+        takes_embedding: bool = False,
+        keeps: bool = False,
+    ) -> Entry:
+        """An entry of combinations, each with whether it is an output, and its norm's scale."""
+        mixes, row = [], 0
+        for combination, keep, scale in wanted:
+            terms = []
+            for tensor, coefficient in sorted(combination.items()):
+                self.index.append(self._row(coefficient))
+                terms.append((tensor, row))
+                row += 1
+            mixes.append(Mix(terms=tuple(terms), keep=keep, scale=scale))
+        return Entry(
+            mixes=tuple(mixes),
+            takes_skip=takes_skip,
+            takes_embedding=takes_embedding,
+            keeps=keeps,
+        )
+
+    def _row(self, coefficient: Coefficient) -> tuple[tuple[int, ...], ...]:
+        one, zero = self._numbers["one", 0], self._numbers["zero", 0]
+        products = [tuple(self._numbers[factor] for factor in p) for p in coefficient]
+        assert len(products) <= MOST_TERMS and max(map(len, products)) <= MOST_FACTORS
+        full = [(*p, *[one] * (MOST_FACTORS - len(p))) for p in products]
+        nothing = (zero, *[one] * (MOST_FACTORS - 1))
+        return (*full, *[nothing] * (MOST_TERMS - len(full)))
 
 
-def _factors(config: ModelConfig, plan: Sequence[VirtualLayer], tensor: Lookup) -> _Factors:
-    def stacked(name: str) -> Tensor:
-        own = [tensor(f"blocks.{i}.{name}") for i in range(config.num_layers)]
-        return torch.stack([own[step.layer] for step in plan])
+def _of(*factors: Factor) -> Coefficient:
+    return (factors,)
 
-    m0_SD, m1_SD = stacked("resid_mix").unbind(1)
-    mlp_SD = stacked("mlp_scale")
-    f_SD, h_SD = _skip_factors(config, plan, tensor)
-    return _Factors(
-        m0_SD=m0_SD,
-        m1_SD=m1_SD,
-        attn_SD=stacked("attn_scale"),
-        mlp_SD=mlp_SD,
-        f_SD=f_SD,
-        h_SD=h_SD,
-        left_SD=torch.cat((torch.ones_like(mlp_SD[:1]), mlp_SD[:-1])),
+
+def _times(combination: Combination, *factors: Factor) -> dict[int, Coefficient]:
+    return {
+        tensor: tuple((*product, *factors) for product in coefficient)
+        for tensor, coefficient in combination.items()
+    }
+
+
+def _plus(one: Combination, other: Combination) -> dict[int, Coefficient]:
+    return {t: (*one.get(t, ()), *other.get(t, ())) for t in {**one, **other}}
+
+
+def _left_behind(step: VirtualLayer) -> tuple[Combination, ...]:
+    """What a layer would have put out, of the tensors that it leaves: stream and MLP's output; in
+    lanes lane 0, lane 1, attention's and the MLP's output."""
+    i = step.layer
+    if not step.lanes:
+        return ({0: ONE, 1: _of(("mlp", i))},)
+    return tuple(
+        {
+            k: _of(("r", 2 * i + k)),
+            2: _of(("p", 4 * i + k), ("attn", i)),
+            3: _of(("p", 4 * i + 2 + k), ("mlp", i)),
+        }
+        for k in range(2)
     )
 
 
-def _skip_factors(
-    config: ModelConfig, plan: Sequence[VirtualLayer], tensor: Lookup
-) -> tuple[Tensor, Tensor]:
-    with_skip = [s for s, step in enumerate(plan) if step.skip is not None]
-    count, first = len(with_skip), with_skip[0] if with_skip else len(plan)
-    assert with_skip == list(range(first, first + count)), "skips enter passes in a row"
-    h = tensor("skip_weights")[:count]
-    f = torch.ones_like(h)
-    if config.skip_gates:
-        f = torch.sigmoid(tensor("skip_gates")[:count])
-        h = (1 - f) * h
-    if count and _joins(plan, first):
-        f, h = torch.cat((f[:1] + h[:1], f[1:])), torch.cat((torch.zeros_like(h[:1]), h[1:]))
-    before, behind = (first, h.shape[1]), (len(plan) - first - count, h.shape[1])
-    return (
-        torch.cat((h.new_ones(before), f, h.new_ones(behind))),
-        torch.cat((h.new_zeros(before), h, h.new_zeros(behind))),
-    )
-
-
-def _joins(plan: Sequence[VirtualLayer], s: int) -> bool:
-    """Whether the skip that enters pass `s` is what the pass before has just left: it adds to the
-    stream's own factor then, and is no tensor of its own."""
-    return plan[s].skip is not None and s > 0 and plan[s - 1].pushes_skip
-
-
-def _takes_skip(plan: Sequence[VirtualLayer], s: int) -> bool:
-    return plan[s].skip is not None and not _joins(plan, s)
-
-
-def _keeps(plan: Sequence[VirtualLayer], s: int) -> bool:
-    """Whether what the pass before left has to be kept for later."""
-    return s > 0 and plan[s - 1].pushes_skip and not _joins(plan, s)
-
-
-# Passes that are not in lanes -------------------------------------------------------------------
-
-
-def _single_tables(
-    plan: Sequence[VirtualLayer], count: int, factors: _Factors
-) -> tuple[Tensor, ...]:
-    """Rows of each of the first `count` passes: of a skip if one enters; of the stream y, the
-    MLP's b, the embedding; and where x itself is kept, its own of b and y."""
-    own = factors.m0_SD * factors.f_SD
-    skip, left = factors.m0_SD * factors.h_SD, factors.left_SD
-    rows = (skip, own, own * left, factors.m1_SD, left, torch.ones_like(own))
-    table = torch.stack(rows, 1)
-    # A row that no mix uses would cost a sum over all tokens in the backward, a pass that none
-    # uses a tensor of zeros: so runs of passes of one kind are cut out together.
-    kinds = [
-        _SKIP if _takes_skip(plan, s) else _KEPT if _keeps(plan, s) else _PLAIN
-        for s in range(count)
-    ]
-    tables: list[Tensor] = []
-    for kind, run in itertools.groupby(range(count), key=lambda s: kinds[s]):
-        passes = list(run)
-        tables += table[passes[0] : passes[-1] + 1, slice(*kind)].unbind(0)
-    return tuple(tables)
-
-
-_PLAIN, _SKIP, _KEPT = (1, 4), (0, 4), (1, 6)
-
-
-def _single_entry(
-    config: ModelConfig, plan: Sequence[VirtualLayer], s: int, table: Tensor
-) -> Entry:
-    scale = norm_scale(config, plan[s])
+def _before(writer: _Writer, config: ModelConfig, plan: tuple[VirtualLayer, ...], s: int) -> Entry:
+    """The mixes before pass `s`."""
+    step, i = plan[s], plan[s].layer
+    scale = norm_scale(config, step)
     if s == 0:
         # The stream is the embedding itself.
-        return Entry((Mix(terms=((0, 0),), scale=scale),), table[:1] + table[2:3])
-    skip, keeps = _takes_skip(plan, s), _keeps(plan, s)
-    assert not (skip and keeps), "skips are kept by the encoder and taken by the decoder"
-    mixes: tuple[Mix, ...]
-    if skip:
-        mixes = (Mix(terms=((0, 1), (1, 2), (2, 0), (3, 3)), scale=scale),)
+        return writer.entry([({0: (*_of(("m0", i)), *_of(("m1", i)))}, True, scale)])
+    lanes = _left_behind(plan[s - 1])
+    left = lanes[0]
+    width = 4 if plan[s - 1].lanes else 2
+    # A skip that the pass before has just left is no tensor of its own: it adds to the stream.
+    kept_now = plan[s - 1].pushes_skip
+    joins = step.skip is not None and kept_now
+    takes = step.skip is not None and not joins
+    entered: Combination = left
+    if step.skip is not None:
+        entered = _times(left, ("f", step.skip))
+        skip = _times(left if joins else {width: ONE}, ("h", step.skip))
+        entered = _plus(entered, skip)
+    mixed = _plus(_times(entered, ("m0", i)), {width + takes: _of(("m1", i))})
+    wanted: list[tuple[Combination, bool, float | None]] = []
+    if kept_now and not joins:
+        wanted.append((left, True, None))
+    if step.lanes:
+        second = left if step.splits else lanes[1]
+        wanted += [(entered, True, None), (second, True, scale), (mixed, False, scale)]
     else:
-        mixes = (Mix(terms=((0, 0), (1, 1), (2, 2)), scale=scale),)
-    if keeps:
-        mixes = (Mix(terms=((0, 4), (1, 3))), *mixes)
-    return Entry(mixes, table, takes_skip=skip, takes_embedding=True, keeps=keeps)
-
-
-# Passes in lanes --------------------------------------------------------------------------------
-
-
-def _split_entry(
-    config: ModelConfig, plan: Sequence[VirtualLayer], s: int, factors: _Factors
-) -> Entry:
-    """Both lanes begin as the stream; a skip enters lane 0 alone."""
-    f, h, left = factors.f_SD[s], factors.h_SD[s], factors.left_SD[s]
-    lane0 = torch.stack((f, f * left, h))
-    lane1 = torch.stack((torch.ones_like(left), left))
-    table = torch.cat((lane0, lane1, factors.m0_SD[s] * lane0, factors.m1_SD[s][None]))
-    return _lanes(config, plan, s, table, lane0=(0, 1), lane1=(0, 1))
-
-
-def _leaving_lanes(plan: Sequence[VirtualLayer], factors: _Factors, tensor: Lookup) -> Tensor:
-    """Rows of what each pass in lanes leaves, [passes, lane k, (lane k, attention, MLP), D]."""
-    r_L2 = tensor("parallel_resid_lambdas")
-    p_L22 = tensor("parallel_post_lambdas")
-    r = torch.stack([r_L2[step.layer] for step in plan])[..., None]
-    p = torch.stack([p_L22[step.layer] for step in plan])[..., None]
-    attn, mlp = (t[-len(plan) :, None] for t in (factors.attn_SD, factors.mlp_SD))
-    return torch.stack((r.expand(-1, -1, attn.shape[-1]), p[:, 0] * attn, p[:, 1] * mlp), 2)
-
-
-def _lane_tables(leaving: Tensor, factors: _Factors, splits: int) -> tuple[Tensor, ...]:
-    """Rows a pass: lane 0 of lane, attention, MLP, skip; lane 1 of three; the mix like lane 0, and
-    of the embedding."""
-    after = splits + 1
-    f, h, m0, m1 = (
-        t[after:, None] for t in (factors.f_SD, factors.h_SD, factors.m0_SD, factors.m1_SD)
+        wanted.append((mixed, True, scale))
+    return writer.entry(
+        wanted, takes_skip=takes, takes_embedding=True, keeps=kept_now and not joins
     )
-    before = leaving[:-1]
-    lane0 = torch.cat((f * before[:, 0], h), 1)
-    return torch.cat((lane0, before[:, 1], m0 * lane0, m1), 1).unbind(0)
-
-
-def _lane_entry(config: ModelConfig, plan: Sequence[VirtualLayer], s: int, table: Tensor) -> Entry:
-    return _lanes(config, plan, s, table, lane0=(0, 2, 3), lane1=(1, 2, 3))
-
-
-def _lanes(
-    config: ModelConfig,
-    plan: Sequence[VirtualLayer],
-    s: int,
-    table: Tensor,
-    *,
-    lane0: tuple[int, ...],
-    lane1: tuple[int, ...],
-) -> Entry:
-    """The mixes before a pass in lanes, given the tensors of the stream that make up each lane.
-
-    Rows of the table: lane 0 (with one for a skip), lane 1, the mix (as lane 0, then embedding).
-    """
-    assert not _keeps(plan, s), "skips are kept by the encoder, which has no lanes"
-    skip, width = _takes_skip(plan, s), max(*lane0, *lane1) + 1
-    scale = norm_scale(config, plan[s])
-    second = len(lane0) + 1
-    third = second + len(lane1)
-    in_lane0 = [*enumerate(lane0)] + ([(len(lane0), width)] if skip else [])
-    mixes = (
-        Mix(terms=tuple((i, row) for row, i in in_lane0)),
-        Mix(terms=tuple((i, second + row) for row, i in enumerate(lane1)), scale=scale),
-        Mix(
-            terms=(
-                *((i, third + row) for row, i in in_lane0),
-                (width + skip, third + len(lane0) + 1),
-            ),
-            keep=False,
-            scale=scale,
-        ),
-    )
-    return Entry(mixes, table, takes_skip=skip, takes_embedding=True)
-
-
-def _last_entry(config: ModelConfig, factors: _Factors, leaving: Tensor | None) -> Entry:
-    if leaving is None:
-        rows = torch.stack((torch.ones_like(factors.mlp_SD[-1]), factors.mlp_SD[-1]))
-        return Entry((Mix(terms=((0, 0), (1, 1)), keep=False, scale=1.0),), rows)
-    weights = {"mean": (0.5, 0.5), "attention": (1.0, 0.0), "mlp": (0.0, 1.0)}
-    one, other = weights[config.parallel_final_lane]
-    first, second = one * leaving[-1, 0], other * leaving[-1, 1]
-    rows = torch.cat((first[:1], second[:1], first[1:] + second[1:]))
-    terms = tuple((i, i) for i in range(4))
-    return Entry((Mix(terms=terms, keep=False, scale=1.0),), rows)

@@ -31,12 +31,14 @@ from golf_ray.model.attention import attend
 from golf_ray.model.compute import Compute
 from golf_ray.model.hooks import Hooks
 from golf_ray.model.layout import VirtualLayer, layer_plan
-from golf_ray.model.mixing import Entry, mixing
+from golf_ray.model.mixing import Entry, coefficients, factor_rows, recipe
 from golf_ray.model.parameters import initial_state, tensor_specs
 from golf_ray.model.parts import Pass, overriding, resolve_parts
 from golf_ray.model.segments import Segments
 
 NO_HOOKS = Hooks()
+INDEX_BUFFERS = {False: "mixing_index", True: "mixing_index_looping"}
+"""Buffers that hold the recipes' indices, which move with the model and are part of no state."""
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
@@ -64,6 +66,9 @@ class GolfModel(nn.Module):
         self.config = config
         self.compute = compute or Compute()
         self._plans = {loop: layer_plan(config, loop) for loop in (False, True)}
+        self._recipes = {loop: recipe(config, loop) for loop in (False, True)}
+        for loop, name in INDEX_BUFFERS.items():
+            self.register_buffer(name, torch.tensor(self._recipes[loop].index), persistent=False)
         self._cast: tuple[object, Matrices] | None = None
         self.parts = resolve_parts(config.parts)
         self._tensors: dict[str, nn.Parameter] = {}
@@ -118,28 +123,33 @@ class GolfModel(nn.Module):
         run = self._pass(tokens_T, segments, hooks)
         matrices = self._matrices()
         rotary = rotary_tables(segments.positions_T, self.config.rope_dims, self.config.rope_base)
-        plan = self._plans[loop]
-        tables = mixing(self.config, plan, self._small)
+        plan, steps = self._plans[loop], self._recipes[loop]
+        factors = factor_rows(self.config, self._small)
+        index = self.get_buffer(INDEX_BUFFERS[loop])
+        tables = list(coefficients(steps, index, factors))
+        of_attention = tables[len(plan) :]
         x0 = self._for_all(self._embed(tokens_T, run), len(plan))
         # What the last layer left, of which the stream is a mix: first the embedding itself.
         stream: list[Tensor] = [x0.pop()]
         kept: list[Tensor] = []
-        for step, entry, after in zip(plan, tables.entries, tables.after_attention, strict=True):
+        for step, entry, after, table in zip(
+            plan, steps.before, steps.after_attention, tables[: len(plan)], strict=True
+        ):
             entering = [kept.pop()] if entry.takes_skip else []
             embedding = [x0.pop()] if entry.takes_embedding else []
-            mixed = self._mix([*stream, *entering, *embedding], entry, run)
+            mixed = self._mix([*stream, *entering, *embedding], entry, table, run)
             if entry.keeps:
                 kept.append(mixed.pop(0))
-            if step.lanes:
+            if after is None:
                 lane0, lane1, mlp_input, attention_input = mixed
                 a = self._attention(attention_input, step, matrices, rotary, run, hooks)
                 stream = [lane0, lane1, a, self._mlp(mlp_input, step, matrices, run, hooks)]
             else:
                 u, attention_input = mixed
                 a = self._attention(attention_input, step, matrices, rotary, run, hooks)
-                y, mlp_input = self._mix([u, a], after, run)
+                y, mlp_input = self._mix([u, a], after, of_attention.pop(0), run)
                 stream = [y, self._mlp(mlp_input, step, matrices, run, hooks)]
-        (x,) = self._mix(stream, tables.last, run)
+        (x,) = self._mix(stream, steps.last, tables[-1], run)
         return x
 
     def logits(self, x_TD: Tensor, hooks: Hooks | None = None) -> Tensor:
@@ -199,15 +209,17 @@ class GolfModel(nn.Module):
         hooks.matrix_input(name, x_TI)
         return nn.functional.linear(x_TI, w_OI)
 
-    def _mix(self, tensors: Sequence[Tensor], entry: Entry, run: Pass) -> list[Tensor]:
+    def _mix(
+        self, tensors: Sequence[Tensor], entry: Entry, coefs_KD: Tensor, run: Pass
+    ) -> list[Tensor]:
         combine = mix_fused if self.compute.kernels == "triton" else mix
         others = overriding(self.parts, "norm")
         if not others:
-            return combine(tensors, entry.coefs_KD, entry.mixes)
+            return combine(tensors, coefs_KD, entry.mixes)
         assert len(others) == 1, "two parts replace the norm"
         plain = [Mix(terms=m.terms) for m in entry.mixes]
         outputs = []
-        for m, x in zip(entry.mixes, combine(tensors, entry.coefs_KD, plain), strict=True):
+        for m, x in zip(entry.mixes, combine(tensors, coefs_KD, plain), strict=True):
             outputs += [x] if m.keep else []
             outputs += [others[0].norm(x, run) * m.scale] if m.scale is not None else []
         return outputs

@@ -102,24 +102,29 @@ class GradientAccumulator:
             loss and gradient norm of the micro-batch, float32 scalars; the norm is 0 where the clip
             scope does not ask for it.
         """
-        loss.backward()
+        grads = self.differentiate(loss)
         with torch.no_grad():
-            grads = self._take_grads()
-            # Lists of several types would be worked on one tensor, one kernel, at a time.
-            wide = [n for n, g in grads.items() if g.dtype == self._sums[n].dtype]
-            narrow = [n for n in grads if n not in wide]
             norm = loss.new_zeros((), dtype=torch.float32)
+            scale = norm.new_ones(())
             if self._scope == "micro_batch":
                 norm = total_norm(grads.values())
                 if self._clip_norm:
                     scale = clip_coefficient(norm, self._clip_norm)
-                    torch._foreach_mul_([grads[n] for n in wide], scale)
-                    for name in narrow:
-                        grads[name] = grads[name] * scale
-            torch._foreach_add_([self._sums[n] for n in wide], [grads[n] for n in wide])
-            for name in narrow:
-                self._sums[name].add_(grads[name])
+            # Lists of several types would be worked on one tensor, one kernel, at a time. Gradients
+            # may share memory with one another: nothing is done to them in place.
+            wide = [n for n, g in grads.items() if g.dtype == self._sums[n].dtype]
+            scaled = torch._foreach_mul([grads[n] for n in wide], scale)
+            torch._foreach_add_([self._sums[n] for n in wide], scaled)
+            for name in grads:
+                if name not in wide:
+                    self._sums[name].add_(grads[name] * scale)
         return loss.detach().float(), norm
+
+    def differentiate(self, loss: Tensor) -> dict[str, Tensor]:
+        """Gradients of a loss by name; a tensor that no pass used (an extra layer's gate while
+        looping is off) has none."""
+        found = torch.autograd.grad(loss, list(self._trained.values()), allow_unused=True)
+        return {n: g for n, g in zip(self._trained, found, strict=True) if g is not None}
 
     def note(self, loss: Tensor, norm: Tensor) -> None:
         """Take what `accumulate` returned; the tensors must stay as they are."""
@@ -139,15 +144,6 @@ class GradientAccumulator:
         step = self._reduce(self._sums)
         self._losses, self._norms = [], []
         return self._clip_global(step) if self._scope == "global" else step
-
-    def _take_grads(self) -> dict[str, Tensor]:
-        grads = {}
-        for name, parameter in self._trained.items():
-            # A tensor that no pass used (an extra layer's gate while looping is off) has none.
-            if parameter.grad is not None:
-                grads[name] = parameter.grad
-                parameter.grad = None
-        return grads
 
     def _reduce(self, grads: dict[str, Tensor]) -> StepGradient:
         losses = torch.stack(self._losses).mean()
