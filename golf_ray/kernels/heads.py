@@ -69,8 +69,9 @@ def prepare(
 
 MOST_COPIES = 2
 """Largest group of heads for which keys and values are copied: FlashAttention-3's backward adds a
-group's gradients up in float32, through memory, and is faster without groups. 17 passes of 98,304
-tokens with 8 heads in 4 groups on an H200: 31.8 ms of it grouped, 27.4 copied, 1.2 for copying."""
+group's gradients up in float32, through memory, and is faster without groups. 98,304 tokens with 8
+heads in 4 groups on an H200, forward and backward: 1.81 ms grouped, 1.61 copied, and 0.05 for the
+copying."""
 
 
 def copies_of(num_heads: int, num_kv_heads: int) -> int:

@@ -110,8 +110,8 @@ def factor_rows(config: ModelConfig, tensor: Lookup) -> Tensor:
     """
     L = range(config.num_layers)
     weights = tensor("skip_weights")
-    constants = weights.new_tensor(list(CONSTANTS.values()))
-    rows = [constants[:, None].expand(-1, config.model_dim)]
+    # Made where they are: a copy from the host has no place in a captured graph.
+    rows = [weights.new_full((1, config.model_dim), value) for value in CONSTANTS.values()]
     rows += [tensor(f"blocks.{i}.resid_mix") for i in L]
     rows += [tensor(f"blocks.{i}.attn_scale")[None] for i in L]
     rows += [tensor(f"blocks.{i}.mlp_scale")[None] for i in L]
