@@ -20,9 +20,10 @@ from torch import Tensor
 from evaluators.packed import Progress, packed_bounds, score_batch
 from evaluators.pool import PoolEvent, PoolReport, WorkPool
 from evaluators.result import EvaluationResult, Method, Weights
+from evaluators.sampling import Estimate
 from evaluators.scheduling import Unit
 from evaluators.sliding import score_windows, window_batches
-from evaluators.ttt import choose_documents, require_predictions, total_of
+from evaluators.ttt import choose_documents, estimate_whole, require_predictions, total_of
 from golf_ray.adaptation.engine import (
     AdapterInit,
     Document,
@@ -175,13 +176,21 @@ def evaluate_on_ray(
         on_report(report)
     parts = [results[unit] for unit in work.units]
     scores: tuple[DocumentScore, ...] | None = None
+    estimate: Estimate | None = None
     if method == "ttt":
         scores = tuple(sorted((s for part in parts for s in part), key=lambda s: s.index))
         score = total_of(scores)
+        if documents is None:
+            estimate = estimate_whole(scores, tokens, tables, config.adaptation)
     else:
         score = total(parts)
     return EvaluationResult(
-        method=method, weights=weights, score=score, seconds=report.wall_s, documents=scores
+        method=method,
+        weights=weights,
+        score=score,
+        seconds=report.wall_s,
+        documents=scores,
+        estimate=estimate,
     )
 
 

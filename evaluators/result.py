@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.packed import Progress, score_packed
+from evaluators.sampling import Estimate
 from evaluators.sliding import score_sliding
-from evaluators.ttt import score_documents, total_of
+from evaluators.ttt import estimate_whole, score_documents, total_of
 from golf_ray.adaptation.engine import AdapterInit, Document, DocumentScore
 from golf_ray.config import Config
 from golf_ray.data.tokenizer import ByteTables
@@ -35,26 +36,36 @@ class EvaluationResult:
     weights: Weights
     """`full` for a checkpoint's own weights, `int6` for those of a quantised artifact."""
     score: Score
+    """Sums over what was scored: of a sample, over the sample alone."""
     seconds: float
     """Wall time of the evaluation, without loading of weights and data."""
     documents: tuple[DocumentScore, ...] | None = None
     """Scores in document order, for `ttt`."""
+    estimate: Estimate | None = None
+    """What they say of all documents, where they are a sample of `ttt`."""
+
+    @property
+    def whole(self) -> Score:
+        """Sums over the whole validation set, estimated where a sample was scored."""
+        return self.score if self.estimate is None else self.estimate.whole
 
     def to_dict(self, *, per_document: bool = False) -> dict[str, Any]:
-        """Plain data for JSON.
+        """Plain data for JSON: loss and bpb of the whole set, tokens and bytes of what was scored.
 
         Args:
             per_document: add `documents`, each with its sums.
         """
         data: dict[str, Any] = {
             "method": self.method,
-            "val_loss_nats": self.score.loss_nats,
-            "val_bpb": self.score.bpb,
+            "val_loss_nats": self.whole.loss_nats,
+            "val_bpb": self.whole.bpb,
             "tokens_scored": self.score.tokens,
             "bytes_scored": self.score.num_bytes,
             "weights": self.weights,
             "seconds": self.seconds,
         }
+        if self.estimate is not None:
+            data["estimate"] = self.estimate.to_dict()
         if self.documents is not None:
             data["documents_scored"] = len(self.documents)
             if per_document:
@@ -97,12 +108,15 @@ def evaluate(
     """
     began_s = time.perf_counter()
     scores: tuple[DocumentScore, ...] | None = None
+    estimate: Estimate | None = None
     if method == "ttt":
         scores = score_documents(
             model, tokens, tables, config.adaptation, documents=documents,
             adapter_init=adapter_init, keep_token_nats=keep_token_nats, progress=progress,
         )  # fmt: skip
         score = total_of(scores)
+        if documents is None:
+            estimate = estimate_whole(scores, tokens, tables, config.adaptation)
     elif method == "packed":
         score = score_packed(model, tokens, tables, config.evaluation, progress=progress)
     else:
@@ -114,4 +128,5 @@ def evaluate(
         score=score,
         seconds=time.perf_counter() - began_s,
         documents=scores,
+        estimate=estimate,
     )

@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.packed import Progress
+from evaluators.sampling import Estimate, Sample, draw_sample, estimate
 from golf_ray.adaptation.engine import AdapterInit, Document, DocumentScore, adapt_documents
 from golf_ray.config import AdaptationConfig
-from golf_ray.data.documents import document_bounds, sample_documents
+from golf_ray.data.documents import document_bounds, document_bytes, sample_documents
 from golf_ray.data.tokenizer import ByteTables
 from golf_ray.errors import DataError
 from golf_ray.metric import Score, total
@@ -26,17 +27,52 @@ from golf_ray.model.model import GolfModel
 def choose_documents(
     tokens: NDArray[np.integer], adaptation: AdaptationConfig
 ) -> tuple[Document, ...]:
-    """The documents to score: all, or the part `document_fraction`, stratified by length.
+    """The documents to score: all, or some of them, stratified by length.
+
+    Some are `document_fraction` of all, or the `sample_documents` that the whole is estimated from.
 
     Raises:
         DataError: there is no document.
     """
     bounds = document_bounds(tokens)
     lengths = bounds[:, 1] - bounds[:, 0]
-    chosen = sample_documents(len(bounds), adaptation.document_fraction, adaptation.seed, lengths)
+    sample = choose_sample(bounds, adaptation)
+    chosen = (
+        sample_documents(len(bounds), adaptation.document_fraction, adaptation.seed, lengths)
+        if sample is None
+        else sample.documents
+    )
     return tuple(
         Document(index=int(i), start=int(bounds[i, 0]), end=int(bounds[i, 1])) for i in chosen
     )
+
+
+def choose_sample(bounds: NDArray[np.int64], adaptation: AdaptationConfig) -> Sample | None:
+    """The sample of the documents within `bounds`, if the settings ask for one."""
+    if adaptation.sample_documents is None:
+        return None
+    lengths = bounds[:, 1] - bounds[:, 0] - 1
+    return draw_sample(lengths, adaptation.sample_documents, adaptation.seed)
+
+
+def estimate_whole(
+    scores: Sequence[DocumentScore],
+    tokens: NDArray[np.integer],
+    tables: ByteTables,
+    adaptation: AdaptationConfig,
+) -> Estimate | None:
+    """What the scores of a sample say of all documents; None where no sample was asked for.
+
+    Args:
+        scores: of the documents of `choose_documents`, in any order.
+    """
+    bounds = document_bounds(tokens)
+    sample = choose_sample(bounds, adaptation)
+    if sample is None:
+        return None
+    num_bytes = document_bytes(tokens, bounds, tables)
+    assert all(num_bytes[s.index] == s.num_bytes for s in scores)
+    return estimate(sample, {s.index: s.nats for s in scores}, num_bytes)
 
 
 def score_documents(

@@ -418,6 +418,8 @@ class AdaptationConfig:
     """Seed of A, which is a function of (seed, document, slot)."""
     document_fraction: float = 1.0
     """Part of the documents to score, drawn with the seed."""
+    sample_documents: int | None = None
+    """Documents to score at most, drawn by length with the seed; None scores all."""
     group_documents: int = 64
     """Documents advanced together; no effect on the result beyond rounding."""
 
@@ -433,6 +435,14 @@ class AdaptationConfig:
             "document_fraction",
         )
         require_at_least("adaptation", self, 0, "lr", "eps", "weight_decay", "seed")
+        # Of one document there is no standard error.
+        require_at_least("adaptation", self, 2, "sample_documents")
+        require(
+            self.sample_documents is None or self.document_fraction == 1,
+            "adaptation.sample_documents",
+            self.sample_documents,
+            f"unset, or adaptation.document_fraction 1 in place of {self.document_fraction}",
+        )
         require_between("adaptation", self, 0, 1, "beta1", "beta2", "document_fraction")
         for name in ("beta1", "beta2"):
             # Bias correction divides by 1 - beta^t.

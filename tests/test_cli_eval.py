@@ -17,6 +17,8 @@ from golf_ray.model.checkpoint import read_state, save_state
 from golf_ray.presets import TINY as TINY_PRESET
 
 FULL, INT6 = TINY / "final_model.pt", TINY / "final_model.int6.ptz"
+TTT = ("eval", FULL, *UPSTREAM, "--method", "ttt")
+FRACTION = "adaptation.document_fraction=0.5"
 CARRIED = TINY_PRESET.with_overrides({"data.dir": str(TINY)})
 
 
@@ -77,6 +79,38 @@ def test_ttt_says_the_same_twice_and_by_document(tmp_path: Path) -> None:
     assert sum(row["bytes"] for row in rows) == first["bytes_scored"]
     mean = sum(row["nats"] for row in rows) / 882
     assert mean == pytest.approx(first["val_loss_nats"], rel=1e-12)
+
+
+def test_a_sample_of_documents_gives_an_estimate(tmp_path: Path) -> None:
+    argv = ["eval", FULL, *UPSTREAM, "--method", "ttt", "--sample"]
+    whole = golf_ray("eval", FULL, *UPSTREAM, "--method", "ttt", "--json").json
+    data = golf_ray(*argv, 8, "--json", "--per-document", tmp_path / "documents.jsonl").json
+    found = data["estimate"]
+    assert data["val_bpb"] == found["bpb"] != whole["val_bpb"]
+    assert found["low_bpb"] < whole["val_bpb"] < found["high_bpb"]
+    assert 0 < found["standard_error_bpb"] < 0.2
+    assert (found["documents_scored"], found["documents_total"]) == (8, 14)
+    assert (found["tokens_total"], found["bytes_total"]) == (882, 1596)
+    assert data["documents_scored"] == 8 and data["bytes_scored"] < 1596
+    rows = [json.loads(line) for line in (tmp_path / "documents.jsonl").read_text().splitlines()]
+    # Another setting scores the same documents.
+    other = [*argv, 8, "--json", "--set", "adaptation.chunk_size=32"]
+    changed = golf_ray(*other, "--per-document", tmp_path / "changed.jsonl").json
+    assert changed["val_bpb"] != data["val_bpb"]
+    again = [json.loads(line) for line in (tmp_path / "changed.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in again] == [row["index"] for row in rows]
+    # As many as there are, or more, are all: no estimate but the value.
+    every = golf_ray(*argv, 100, "--json").json
+    assert every["estimate"]["standard_error_bpb"] == 0
+    assert every["val_bpb"] == whole["val_bpb"] and every["tokens_scored"] == 882
+    text = golf_ray(*argv, 8).out
+    error, low, high = (found[name] for name in ("standard_error_bpb", "low_bpb", "high_bpb"))
+    assert (
+        f"{found['bpb']:.4f} +- {error:.4f} (95% {low:.4f} to {high:.4f}), "
+        "estimated from 8 of 14 documents\n"
+    ) in text
+    assert "nats a token, estimated\n" in text
+    assert "estimated" not in golf_ray(*argv, 14).out
 
 
 def test_a_report_for_people_says_the_same() -> None:
@@ -227,6 +261,9 @@ def test_nothing_quantised_is_said(tmp_path: Path, own: Path) -> None:
     [
         (["eval", FULL, *UPSTREAM, "--artifact", "a.ptz"], 2, "add --quantize"),
         (["eval", FULL, *UPSTREAM, "--per-document", "a"], 2, "add --method ttt"),
+        (["eval", FULL, *UPSTREAM, "--sample", "5"], 2, "add --method ttt"),
+        ([*TTT, "--sample", "1"], 2, "sample_documents = 1 is not allowed; it must be at least 2"),
+        ([*TTT, "--sample", "5", "--set", FRACTION], 2, "document_fraction 1 in place of 0.5"),
         (["eval", FULL, *UPSTREAM, "--address", "auto"], 2, "add --workers N"),
         (["eval", FULL, *UPSTREAM, "--adapter-init", TINY / "ttt.npz"], 2, "use --method ttt"),
         (["eval", INT6, *UPSTREAM, "--quantize"], 2, "is quantised already"),

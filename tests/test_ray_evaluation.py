@@ -63,6 +63,19 @@ def require_same(found: EvaluationResult, expected: EvaluationResult) -> None:
         assert mine.trace == theirs.trace
 
 
+def test_a_sample_gives_the_same_estimate(cluster: str) -> None:
+    config = CONFIG.with_overrides({"adaptation.sample_documents": 6})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.evaluation.threads)
+    mine = evaluate(tiny_model(), config, "ttt", tokens=TOKENS, tables=TABLES, weights="full")
+    torch.set_num_threads(threads)
+    found = evaluate_on_ray(
+        final_state(), config, "ttt", tokens=TOKENS, tables=TABLES, weights="full", num_actors=2
+    )
+    assert found.estimate is not None and found.estimate.documents_scored == 6
+    assert found.estimate == mine.estimate and found.score == mine.score
+
+
 @pytest.mark.parametrize("num_actors", [1, 2, 3])
 def test_ttt_is_the_same_to_the_bit(
     cluster: str, expected: EvaluationResult, num_actors: int

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "golf-ray eval runs/first/final_model.pt",
     "golf-ray eval runs/first/final_model.pt --method ttt --workers 2",
+    "golf-ray eval runs/first/final_model.pt --method ttt --sample 2000",
     "golf-ray eval runs/first/final_model.pt --quantize --artifact a.int6.ptz",
     "golf-ray eval final_model.int6.ptz --upstream-config train.log --json",
 )
@@ -85,6 +86,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Write ttt's scores by document there, as JSON lines."),
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Score N documents with ttt and estimate the whole set."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Share the work among N Ray actors; else here."),
@@ -104,6 +109,8 @@ def evaluate(
     A checkpoint of golf_ray carries its configuration; a public one needs it from you. Where
     both are there and disagree about the model, it is refused, unless forced.
     """
+    if sample is not None:
+        assignments = [*(assignments or ()), f"adaptation.sample_documents={sample}"]
     options = ConfigOptions(
         preset=preset,
         config=config,
@@ -115,6 +122,8 @@ def evaluate(
         raise UsageError("--artifact names what --quantize makes", "add --quantize")
     if per_document is not None and method != Method.TTT:
         raise UsageError("only ttt scores documents one by one", "add --method ttt")
+    if sample is not None and method != Method.TTT:
+        raise UsageError("--sample chooses documents, which only ttt scores", "add --method ttt")
     if address is not None and workers is None:
         raise UsageError("--address joins a cluster for workers", "add --workers N")
 
@@ -127,7 +136,7 @@ def evaluate(
         bar.update("starting", 0, 0)
 
         def scoring(done: int, total: int, score: Score) -> None:
-            bar.update(method.value, done, total, f"{score.bpb:.4f} bpb")
+            bar.update(method.value, done, total, f"{score.bpb:.4f} bpb so far")
 
         done = api.evaluate(
             weights,
@@ -184,9 +193,13 @@ def _report(done: Evaluation) -> tuple[str, list[tuple[str, str]]]:
     if "documents_scored" in data:
         scored += ", " + number_of(data["documents_scored"], "document")
     where = done.device if done.workers is None else number_of(done.workers, "actor")
+    loss = f"{data['val_loss_nats']:.6f} nats a token"
+    estimated = data.get("estimate")
+    if estimated and estimated["documents_scored"] == estimated["documents_total"]:
+        estimated = None
     rows = [
-        ("bpb", f"{data['val_bpb']:.6f}"),
-        ("loss", f"{data['val_loss_nats']:.6f} nats a token"),
+        ("bpb", f"{data['val_bpb']:.6f}" if estimated is None else estimate_line(estimated)),
+        ("loss", loss if estimated is None else f"{loss}, estimated"),
         ("scored", scored),
         ("time", f"{duration(data['seconds'])} on {where}"),
     ]
@@ -196,6 +209,16 @@ def _report(done: Evaluation) -> tuple[str, list[tuple[str, str]]]:
         made = done.quantization.to_dict()
         rows += [("quantised", quantization_times(made)), ("codes", codes_line(made))]
     return f"{data['method']}, {data['weights']} weights of {done.checkpoint}", rows
+
+
+def estimate_line(data: dict[str, Any]) -> str:
+    """An estimate with its standard error and its interval, as `Estimate.to_dict` has them."""
+    return (
+        f"{data['bpb']:.4f} +- {data['standard_error_bpb']:.4f} "
+        f"({data['confidence']:.0%} {data['low_bpb']:.4f} to {data['high_bpb']:.4f}), estimated "
+        f"from {count(data['documents_scored'])} of "
+        f"{number_of(data['documents_total'], 'document')}"
+    )
 
 
 def quantization_times(data: dict[str, Any]) -> str:

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from golf_ray.data.shards import BOS_ID
+from golf_ray.data.tokenizer import ByteTables
 from golf_ray.errors import DataError
 
 _Scalar = TypeVar("_Scalar", bound=np.integer)
+_BLOCK_TOKENS = 1 << 22
 
 
 def document_bounds(tokens: NDArray[np.integer], bos_id: int = BOS_ID) -> NDArray[np.int64]:
@@ -40,6 +42,29 @@ def document_bounds(tokens: NDArray[np.integer], bos_id: int = BOS_ID) -> NDArra
         )
     ends = np.append(starts[1:] + 1, len(tokens))
     return np.stack((starts, ends), axis=1)
+
+
+def document_bytes(
+    tokens: NDArray[np.integer], bounds: NDArray[np.int64], tables: ByteTables
+) -> NDArray[np.int64]:
+    """Bytes that the predictions of every document stand for.
+
+    Args:
+        tokens: [T] ids.
+        bounds: [N, 2] all documents, as `document_bounds` gives them.
+
+    Returns:
+        int64 [N].
+    """
+    first = int(bounds[0, 0])
+    # By token, without holding more than a block of them in 64 bits.
+    by_token = np.zeros(len(tokens) - first, dtype=np.int16)
+    for start in range(first, len(tokens) - 1, _BLOCK_TOKENS):
+        ids = np.asarray(tokens[start : start + _BLOCK_TOKENS + 1]).astype(np.int64)
+        by_token[start - first :][: len(ids) - 1] = tables.count(ids[:-1], ids[1:])
+    # The last token stands before nothing: its 0 is the sum of a document without a prediction.
+    num_bytes: NDArray[np.int64] = np.add.reduceat(by_token, bounds[:, 0] - first, dtype=np.int64)
+    return num_bytes
 
 
 def sample_documents(
