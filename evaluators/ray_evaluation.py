@@ -28,7 +28,7 @@ from golf_ray.adaptation.engine import (
     AdapterInit,
     Document,
     DocumentScore,
-    adapt_group,
+    Engine,
     group_documents,
 )
 from golf_ray.config import Config
@@ -89,6 +89,7 @@ class EvaluationWorker:
             device=device,
             compute=choose_compute(setup.config, device),
         )
+        self._adapting: Engine | None = None
         self._adapter_init: AdapterInit | None = None
         if adapter_init is not None:
             self._adapter_init = {int(n): a for n, a in tensors_of(adapter_init).items()}
@@ -102,16 +103,22 @@ class EvaluationWorker:
             return score_batch(self._model, self._tokens, payload, self._tables, seq_len)
         if self._setup.method == "sliding":
             return score_windows(self._model, self._tokens, payload, self._tables)
-        scores = adapt_group(
-            self._model,
-            self._tokens,
-            payload,
-            config.adaptation,
-            tables=self._tables,
-            adapter_init=self._adapter_init,
-            keep_token_nats=self._setup.keep_token_nats,
-        )
-        return list(scores)
+        return list(self._engine().run(payload))
+
+    def _engine(self) -> Engine:
+        """The engine of all groups: its memory is taken once."""
+        if self._adapting is None:
+            adaptation = self._setup.config.adaptation
+            self._adapting = Engine(
+                self._model,
+                self._tokens,
+                adaptation,
+                tables=self._tables,
+                num_documents=adaptation.group_documents,
+                adapter_init=self._adapter_init,
+                keep_token_nats=self._setup.keep_token_nats,
+            )
+        return self._adapting
 
     def _use_threads(self) -> None:
         # Ray sets the number by the actor's CPUs; on a CPU it is part of the last bits.

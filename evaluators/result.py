@@ -18,7 +18,7 @@ from evaluators.packed import Progress, score_packed
 from evaluators.sampling import Estimate
 from evaluators.sliding import score_sliding
 from evaluators.ttt import estimate_whole, score_documents, total_of
-from golf_ray.adaptation.engine import AdapterInit, Document, DocumentScore
+from golf_ray.adaptation.engine import AdapterInit, Document, DocumentScore, Tell
 from golf_ray.config import Config
 from golf_ray.data.tokenizer import ByteTables
 from golf_ray.metric import Score
@@ -88,6 +88,7 @@ def evaluate(
     adapter_init: AdapterInit | None = None,
     keep_token_nats: bool = False,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> EvaluationResult:
     """Evaluate a model on a validation stream in this process.
 
@@ -102,6 +103,7 @@ def evaluate(
         adapter_init: for `ttt`, A by input width in place of the random ones.
         keep_token_nats: for `ttt`, keep every loss.
         progress: told of every batch (packed, sliding) or document (ttt).
+        tell: for `ttt`, told how many documents are taken at a time, and of a lack of memory.
 
     Raises:
         DataError: there is nothing to score.
@@ -113,6 +115,7 @@ def evaluate(
         scores = score_documents(
             model, tokens, tables, config.adaptation, documents=documents,
             adapter_init=adapter_init, keep_token_nats=keep_token_nats, progress=progress,
+            tell=tell,
         )  # fmt: skip
         score = total_of(scores)
         if documents is None:

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 from evaluators.packed import Progress
 from evaluators.sampling import Estimate, Sample, draw_sample, estimate
-from golf_ray.adaptation.engine import AdapterInit, Document, DocumentScore, adapt_documents
+from golf_ray.adaptation.engine import (
+    AdapterInit,
+    Document,
+    DocumentScore,
+    Tell,
+    adapt_documents,
+)
 from golf_ray.config import AdaptationConfig
 from golf_ray.data.documents import document_bounds, document_bytes, sample_documents
 from golf_ray.data.tokenizer import ByteTables
@@ -85,6 +91,7 @@ def score_documents(
     adapter_init: AdapterInit | None = None,
     keep_token_nats: bool = False,
     progress: Progress | None = None,
+    tell: Tell | None = None,
 ) -> tuple[DocumentScore, ...]:
     """Adapt to and score documents, one by one and each from scratch.
 
@@ -92,6 +99,7 @@ def score_documents(
         documents: which; those of `choose_documents` where not given. Their order has no effect.
         adapter_init: A by input width in place of the random ones.
         keep_token_nats: keep every loss in the scores.
+        tell: told how many documents are taken at a time, and of a lack of memory.
 
     Returns:
         Scores in document order.
@@ -105,7 +113,7 @@ def score_documents(
     running = Score.zero()
     for score in adapt_documents(
         model, tokens, documents, adaptation, tables=tables, adapter_init=adapter_init,
-        keep_token_nats=keep_token_nats,
+        keep_token_nats=keep_token_nats, tell=tell,
     ):  # fmt: skip
         scores.append(score)
         running += score.score

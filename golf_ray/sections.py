@@ -421,7 +421,11 @@ class AdaptationConfig:
     sample_documents: int | None = None
     """Documents to score at most, drawn by length with the seed; None scores all."""
     group_documents: int = 64
-    """Documents advanced together; no effect on the result beyond rounding."""
+    """Documents planned together; no effect on the result beyond rounding."""
+    resident_documents: int | None = None
+    """Documents at most that are at work at a time; None for as many as memory holds."""
+    step_tokens: int | None = None
+    """Tokens of all windows of a step; None for as many as memory holds."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -432,6 +436,8 @@ class AdaptationConfig:
             "window",
             "grad_steps",
             "group_documents",
+            "resident_documents",
+            "step_tokens",
             "document_fraction",
         )
         require_at_least("adaptation", self, 0, "lr", "eps", "weight_decay", "seed")

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from golf_ray.kernels import grouped
 from golf_ray.kernels.embedding import embed, embed_fused
+from golf_ray.kernels.grouped import RowsJob, Stretches, SumsJob, rows_twin, sums_twin
 from golf_ray.kernels.heads import (
     attention_fused,
     prepare,
@@ -40,11 +42,13 @@ class Case:
 
     name: str
     leaves: Callable[[], list[Tensor]]
-    """Inputs that get gradients, float32."""
+    """Inputs, float32; they get gradients."""
     fused: Run
     twin: Run
     wide: tuple[int, ...] = ()
     """Leaves that stay float32 whatever the case's type."""
+    frozen: tuple[int, ...] = ()
+    """Leaves that get no gradient."""
     halves_only: bool = False
     """Whether the op computes in 16 bits only on a GPU."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -75,18 +79,53 @@ MIXES: dict[str, tuple[int, int, list[Mix]]] = {
             Mix(terms=((0, 7), (2, 8), (3, 9), (4, 10), (5, 11)), keep=False, scale=0.3),
         ],
     ),
+    "splits": (
+        3,
+        7,
+        [
+            Mix(terms=((0, 0), (1, 1))),
+            Mix(terms=((0, 2), (1, 3)), scale=0.3),
+            Mix(terms=((0, 4), (1, 5), (2, 6)), keep=False, scale=0.3),
+        ],
+    ),
+    "no norm": (2, 3, [Mix(terms=((0, 0), (1, 1))), Mix(terms=((1, 2),))]),
 }
 
 
-def mix_case(kind: str, T: int, D: int) -> Case:
+ALL, PARTS = slice(None), (slice(1, None), slice(None, -1))
+"""Outputs of a mix that are used."""
+
+
+def mix_case(
+    kind: str, T: int, D: int, *, frozen: Sequence[int] = (), outputs: slice = ALL
+) -> Case:
+    """A mix of which some inputs get no gradient, -1 for the coefficients, and some outputs go
+    unused."""
     count, rows, mixes = MIXES[kind]
+    what = f" without {','.join(map(str, frozen))}" if frozen else ""
+    if outputs != ALL:
+        what += f" outputs {outputs.start or ''}:{outputs.stop or ''}"
     return Case(
-        name=f"mix {kind} {T}x{D}",
+        name=f"mix {kind} {T}x{D}{what}",
         leaves=lambda: [*(normal(T, D) for _ in range(count)), normal(rows, D)],
-        fused=lambda *t: mix_fused(t[:-1], t[-1], mixes),
-        twin=lambda *t: mix(t[:-1], t[-1], mixes),
+        fused=lambda *t: mix_fused(t[:-1], t[-1], mixes)[outputs],
+        twin=lambda *t: mix(t[:-1], t[-1], mixes)[outputs],
         wide=(count,),
+        frozen=tuple(i % (count + 1) for i in frozen),
     )
+
+
+def mix_cases(shapes: Sequence[tuple[int, int]]) -> list[Case]:
+    """Every mix with and without gradients of the coefficients and of some inputs."""
+    cases = []
+    for T, D in shapes:
+        for kind, (count, _, _) in MIXES.items():
+            cases += [mix_case(kind, T, D, frozen=frozen) for frozen in ([], [-1])]
+            cases += [mix_case(kind, T, D, frozen=[-1], outputs=part) for part in PARTS]
+            if count > 1:
+                some = ([0], [0, -1], [*range(1, count), -1])
+                cases += [mix_case(kind, T, D, frozen=frozen) for frozen in some]
+    return cases
 
 
 def fan_case(T: int, D: int) -> Case:
@@ -176,7 +215,7 @@ def attention_case(
 def small_cases() -> list[Case]:
     """Small and odd shapes, for the interpreter too."""
     return [
-        *(mix_case(kind, T, D) for kind in MIXES for T, D in ((13, 24), (1, 8), (5, 130))),
+        *mix_cases(((13, 24), (1, 8), (5, 130))),
         fan_case(7, 20),
         *(mlp_case(*shape) for shape in ((13, 16, 24), (150, 64, 192), (33, 72, 136), (5, 7, 9))),
         *(loss_case(*shape) for shape in ((13, 16, 30.0), (7, 50, 30.0), (4, 300, 200.0))),
@@ -190,18 +229,32 @@ def small_cases() -> list[Case]:
     ]
 
 
-def gradients(run: Run, leaves: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of a run, and the leaves' gradients under fixed random ones of the outputs."""
-    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+def gradients(
+    run: Run, leaves: Sequence[Tensor], frozen: Sequence[int] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of a run, and gradients under fixed random ones of the outputs.
+
+    Args:
+        frozen: leaves that get none; the others' are zero where no output depends on them.
+    """
+    leaves = [
+        leaf.detach().clone().requires_grad_(i not in frozen) for i, leaf in enumerate(leaves)
+    ]
     outputs = run(*leaves)
     generator = torch.Generator().manual_seed(7)
     seeds = [
         torch.randn(o.shape, generator=generator).to(device=o.device, dtype=o.dtype)
         for o in outputs
     ]
-    torch.autograd.backward(list(outputs), seeds)
-    assert all(leaf.grad is not None for leaf in leaves)
-    return [o.detach() for o in outputs], [leaf.grad for leaf in leaves if leaf.grad is not None]
+    used = [(o, seed) for o, seed in zip(outputs, seeds, strict=True) if o.requires_grad]
+    torch.autograd.backward(*zip(*used, strict=True))
+    assert all(leaf.grad is None for leaf in leaves if not leaf.requires_grad)
+    found = [
+        leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        for leaf in leaves
+        if leaf.requires_grad
+    ]
+    return [o.detach() for o in outputs], found
 
 
 def errors(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, float]:
@@ -211,8 +264,8 @@ def errors(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, flo
         leaf.to(device) if i in case.wide else leaf.to(device=device, dtype=dtype)
         for i, leaf in enumerate(case.leaves())
     ]
-    found = gradients(case.fused, leaves)
-    expected = gradients(case.twin, [leaf.float() for leaf in leaves])
+    found = gradients(case.fused, leaves, case.frozen)
+    expected = gradients(case.twin, [leaf.float() for leaf in leaves], case.frozen)
     out = {}
     for what, mine, theirs in zip(("output", "gradient"), found, expected, strict=True):
         for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
@@ -220,3 +273,67 @@ def errors(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, flo
             scale = max(b.float().norm().item(), 1e-6 * b.numel() ** 0.5)
             out[f"{what} {i}"] = (a.float() - b.float()).norm().item() / scale
     return out
+
+
+def interpreter_problem() -> str | None:
+    """Why the interpreter cannot run loops here, if so: some versions of it and of NumPy."""
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        return "Triton compiles here; tests/test_gpu.py runs these cases on the GPU"
+    from golf_ray.kernels.triton import residual
+
+    try:
+        x = torch.ones(2, 4)
+        residual.backward(
+            [x], [x], torch.ones(1, 4), [0], [0], [-1], [0], [-1], [0.0], [0], 1, True
+        )
+    except Exception as error:  # whatever it is, it is the interpreter's own
+        return f"Triton's interpreter does not work here: {error}"
+    return None
+
+
+GROUPED_SHAPES = [((5, 1, 40), 24, 16), ((3,), 7, 5), ((70, 33), 130, 96)]
+"""Rows of each document; columns and depth of its matrix."""
+
+
+def grouped_rows(
+    dtype: torch.dtype,
+    lengths: tuple[int, ...],
+    columns: int,
+    depth: int,
+    *,
+    turned: bool,
+    add: bool,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Rows' products with two matrices of their document: the kernel's and the twin's."""
+    torch.manual_seed(0)
+    size = columns * depth
+    bank = torch.randn(4, 3 * size).to(dtype)
+    jobs = [RowsJob(0, columns, depth, depth, size), RowsJob(columns, columns, 0, depth, 2 * size)]
+    x = torch.randn(sum(lengths), 2 * depth).to(dtype)
+    start = torch.randn(sum(lengths), 2 * columns).to(dtype)
+    bank_rows = (3, 0, 1)[: len(lengths)]
+    found, expected = start.to(device), start.float()
+    stretches = Stretches.of(lengths, bank_rows, device)
+    grouped.rows(x.to(device), bank.to(device), found, jobs, stretches, turned=turned, add=add)
+    plain = Stretches.of(lengths, bank_rows)
+    rows_twin(x.float(), bank.float(), expected, jobs, plain, turned=turned, add=add)
+    return found.cpu(), expected
+
+
+def grouped_sums(
+    dtype: torch.dtype, lengths: tuple[int, ...], a: int, b: int, *, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Two matrices of sums over each document's rows: the kernel's and the twin's. Rows that take
+    no part hold 7."""
+    torch.manual_seed(0)
+    jobs = [SumsJob(0, a, b, b, 0), SumsJob(3, a, 0, b, a * b)]
+    u, w = (torch.randn(sum(lengths), n).to(dtype) for n in (a + 3, 2 * b))
+    bank_rows = (3, 0, 1)[: len(lengths)]
+    found = torch.full((4, 2 * a * b), 7.0, dtype=dtype, device=device)
+    expected = torch.full((4, 2 * a * b), 7.0)
+    grouped.sums(u.to(device), w.to(device), found, jobs, Stretches.of(lengths, bank_rows, device))
+    sums_twin(u.float(), w.float(), expected, jobs, Stretches.of(lengths, bank_rows))
+    return found.cpu(), expected

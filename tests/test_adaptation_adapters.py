@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golf_ray.adaptation.adapters import (
+    SHARED_INPUT,
     SITE_CODES,
     AdapterBank,
     AdapterHooks,
+    AdapterLayout,
     RowLayout,
     adapter_slots,
     read_adapter_init,
@@ -27,13 +29,14 @@ from golf_ray.model.hooks import Site
 from golf_ray.presets import RECORD, TINY
 
 SLOTS = adapter_slots(SMALL)
+LAYOUT = AdapterLayout(SLOTS, 2)
 
 
 def test_slots_of_the_record() -> None:
     slots = adapter_slots(RECORD.model)
     assert len(slots) == 17 * 5 + 1
     assert len({slot.id for slot in slots}) == len(slots)
-    assert AdapterBank(slots, RECORD.adaptation.rank, 0).num_parameters == 8_355_840
+    assert AdapterLayout(slots, RECORD.adaptation.rank).num_parameters == 8_355_840
     assert {s.in_features for s in slots} == {512}
     widths = {s.site: s.out_features for s in slots}
     assert widths == {"q": 512, "k": 256, "v": 256, "o": 512, "mlp": 512, "head": 8192}
@@ -55,11 +58,11 @@ def test_every_configured_site_has_a_code() -> None:
 
 
 def test_a_fresh_row_is_a_function_of_document_and_slot() -> None:
-    bank = AdapterBank(SLOTS, 3, 2)
+    bank = AdapterBank(AdapterLayout(SLOTS, 3), 2)
     bank.p_NP.fill_(7.0)
     bank.reset(1, 40, seed=5)
     assert (bank.p_NP[0] == 7).all()
-    pairs = bank.views(slice(0, 2))
+    pairs = bank.layout.views(bank.p_NP)
     for slot in SLOTS:
         a_NRI, b_NOR = pairs[slot.site, slot.layer]
         assert torch.equal(a_NRI[1], adapter_a(5, 40, slot.id, 3, slot.in_features))
@@ -73,61 +76,69 @@ def test_a_fresh_row_is_a_function_of_document_and_slot() -> None:
 )  # fmt: skip
 def test_each_row_meets_its_own_adapter(lengths: list[int], seed: int, head: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
-    bank = AdapterBank(SLOTS, 2, len(lengths))
+    bank = AdapterBank(LAYOUT, len(lengths))
     bank.p_NP.normal_(generator=generator)
     site: Site = "head" if head else "k"
     slot = next(s for s in SLOTS if s.site == site)
     x_TI = torch.randn(sum(lengths), slot.in_features, generator=generator)
     y_TO = torch.randn(sum(lengths), slot.out_features, generator=generator)
-    rows = slice(0, len(lengths))
-    right, wrong = RowLayout(lengths), RowLayout([1] * len(lengths))
-    layouts = {"body": wrong, "head": right} if head else {"body": right, "head": wrong}
-    out = AdapterHooks(bank.leaves(rows), **layouts).adapt(site, slot.layer, x_TI, y_TO)
+    right, wrong = RowLayout(lengths), RowLayout([7] * len(lengths))
+    layouts = {"body": wrong, "ends": right} if head else {"body": right, "ends": wrong}
+    leaves = LAYOUT.leaves(bank.p_NP)
+    out = AdapterHooks(leaves, **layouts).adapt(site, slot.layer, x_TI, y_TO)
     weight_TO = torch.randn(out.shape, generator=generator)
-    grad_NP = bank.gradient(rows, (out * weight_TO).sum())
+    grad_NP = LAYOUT.gradient(leaves, (out * weight_TO).sum())
 
     parts = zip(x_TI.split(lengths), y_TO.split(lengths), weight_TO.split(lengths), strict=True)
     for i, (x, y, weight) in enumerate(parts):
-        alone = bank.views(slice(i, i + 1))
+        alone = LAYOUT.views(bank.p_NP[i : i + 1])
         a, b = (t[0].clone().requires_grad_() for t in alone[slot.site, slot.layer])
         expected = y + (x @ a.T) @ b.T
         begin = sum(lengths[:i])
         torch.testing.assert_close(out[begin : begin + len(x)], expected, rtol=1e-5, atol=1e-5)
         (expected * weight).sum().backward()
         assert a.grad is not None and b.grad is not None
-        expected_grad = torch.cat([a.grad.flatten(), b.grad.flatten()])
-        size = expected_grad.numel()
-        offset = _offset(slot.site, slot.layer)
-        torch.testing.assert_close(
-            grad_NP[i, offset : offset + size], expected_grad, rtol=1e-4, atol=1e-4
-        )
+        for mine, theirs in zip(
+            LAYOUT.views(grad_NP[i : i + 1])[slot.site, slot.layer], (a.grad, b.grad), strict=True
+        ):
+            torch.testing.assert_close(mine[0], theirs, rtol=1e-4, atol=1e-4)
         # No other slot took part.
-        assert grad_NP[i].count_nonzero() <= size
+        assert grad_NP[i].count_nonzero() <= a.numel() + b.numel()
 
 
-def _offset(site: AdapterSite, layer: int) -> int:
-    offset = 0
-    for slot in SLOTS:
-        if (slot.site, slot.layer) == (site, layer):
-            return offset
-        offset += 2 * (slot.in_features + slot.out_features)
-    raise AssertionError(site)
+def test_parameters_lie_side_by_side_and_once() -> None:
+    for sites in (None, ("q", "o"), ("k", "head"), ("mlp",)):
+        slots = adapter_slots(SMALL) if sites is None else adapter_slots(SMALL, sites)
+        layout = AdapterLayout(slots, 3)
+        taken = torch.zeros(1, layout.num_parameters)
+        for a, b in layout.views(taken).values():
+            a += 1
+            b += 1
+        assert (taken == 1).all()
+
+
+def test_matrices_of_one_input_are_one_matrix() -> None:
+    layout = AdapterLayout(SLOTS, 2)
+    for layer in range(4):
+        places = [layout.places[site, layer][0] for site in SHARED_INPUT]
+        size = 2 * SMALL.model_dim
+        assert places == [places[0] + i * size for i in range(len(SHARED_INPUT))]
 
 
 def test_a_site_without_adapter_is_left_alone() -> None:
-    bank = AdapterBank(adapter_slots(SMALL, ("q",)), 2, 1)
+    bank = AdapterBank(AdapterLayout(adapter_slots(SMALL, ("q",)), 2), 1)
     rows = RowLayout([3])
     y_TO = torch.randn(3, 16)
-    hooks = AdapterHooks(bank.views(slice(0, 1)), rows, rows)
+    hooks = AdapterHooks(bank.layout.views(bank.p_NP[:1]), rows, rows)
     assert hooks.adapt("mlp", 0, torch.randn(3, 16), y_TO) is y_TO
 
 
 def test_a_neighbours_rows_change_no_bit() -> None:
     lengths = [5, 3, 4]
-    bank = AdapterBank(SLOTS, 2, 3)
+    bank = AdapterBank(LAYOUT, 3)
     bank.p_NP.normal_(generator=torch.Generator().manual_seed(0))
     rows = RowLayout(lengths)
-    hooks = AdapterHooks(bank.views(slice(0, 3)), rows, rows)
+    hooks = AdapterHooks(bank.layout.views(bank.p_NP), rows, rows)
     x_TI, y_TO = torch.randn(12, 16), torch.randn(12, 16)
     before = hooks.adapt("q", 0, x_TI, y_TO)
     x_TI[5:8] = 1e6
@@ -142,9 +153,9 @@ def test_reading_a_from_a_file(tmp_path: Path) -> None:
     np.savez(path, A_rank2_in16=a, other=np.arange(3))
     init = read_adapter_init(path, SLOTS, 2)
     assert list(init) == [16] and init[16].dtype == torch.float32
-    bank = AdapterBank(SLOTS, 2, 1)
+    bank = AdapterBank(LAYOUT, 1)
     bank.reset(0, 3, 0, init)
-    for a_NRI, _ in bank.views(slice(0, 1)).values():
+    for a_NRI, _ in bank.layout.views(bank.p_NP[:1]).values():
         np.testing.assert_array_equal(a_NRI[0].numpy(), a.astype(np.float32))
 
 

@@ -33,7 +33,7 @@ def test_adam_is_torchs_adamw(beta1: float, weight_decay: float, eps: float) -> 
     p_NP = start.clone()
     optimizer = AdapterOptimizer(adaptation, num, size)
     for g in grads:
-        optimizer.step(p_NP, g, slice(0, num))
+        optimizer.step(p_NP, g, range(num))
     for row in range(num):
         alone = torch.nn.Parameter(start[row].clone())
         theirs = torch.optim.AdamW(
@@ -57,7 +57,7 @@ def test_sgd_is_torchs_sgd_with_decoupled_decay(momentum: float) -> None:
     optimizer = AdapterOptimizer(adaptation, num, size)
     assert (optimizer.first_NP is None) == (momentum == 0) and optimizer.second_NP is None
     for g in grads:
-        optimizer.step(p_NP, g, slice(0, num))
+        optimizer.step(p_NP, g, range(num))
     for row in range(num):
         alone = torch.nn.Parameter(start[row].clone())
         theirs = torch.optim.SGD([alone], lr=adaptation.lr, momentum=momentum)
@@ -81,14 +81,14 @@ def test_documents_have_step_counts_of_their_own() -> None:
     optimizer = AdapterOptimizer(adaptation, 2, 30)
     p_NP = torch.ones(2, 30)
     for i, g in enumerate(grads):
-        rows = slice(0, 2) if i < 2 else slice(0, 1)
-        optimizer.step(p_NP[rows], g[rows], rows)
+        rows = range(2) if i < 2 else range(1)
+        optimizer.step(p_NP[: len(rows)], g[: len(rows)], rows)
     late = grads[5:6].expand(2, -1, -1)[:, 1]
-    optimizer.step(p_NP[1:], late[:1], slice(1, 2))
+    optimizer.step(p_NP[1:], late[:1], [1])
     assert optimizer.steps_N == [6, 3]
 
     alone = AdapterOptimizer(adaptation, 1, 30)
     q_NP = torch.ones(1, 30)
     for g in (grads[0][1:], grads[1][1:], late[:1]):
-        alone.step(q_NP, g, slice(0, 1))
+        alone.step(q_NP, g, range(1))
     assert torch.equal(q_NP[0], p_NP[1])

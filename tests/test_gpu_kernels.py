@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import (
-    MIXES,
     Case,
     attention_case,
     embed_case,
     errors,
     head_case,
     loss_case,
-    mix_case,
+    mix_cases,
     mlp_case,
     small_cases,
 )
@@ -38,7 +37,7 @@ CUDA = torch.device("cuda")
 
 CASES = [
     *small_cases(),
-    *(mix_case(kind, 1000, 512) for kind in MIXES),
+    *mix_cases([(1000, 512)]),
     mlp_case(1000, 512, 2048),
     mlp_case(777, 384, 1000),
     loss_case(300, 8192, 30.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import flash_standin
 import pytest
 import torch
-from kernel_cases import Case, errors, small_cases
+from kernel_cases import MIXES, Case, errors, interpreter_problem, small_cases
 from reference import TINY, final_state
 from torch import Tensor
 
@@ -17,23 +17,7 @@ from golf_ray.model.segments import Segments
 pytest.importorskip("triton")
 
 
-def _interpreter_problem() -> str | None:
-    """Why the interpreter cannot run loops here, if so: some versions of it and of NumPy."""
-    import triton
-
-    if not triton.knobs.runtime.interpret:
-        return "Triton compiles here; tests/test_gpu.py runs these cases on the GPU"
-    from golf_ray.kernels.triton import residual
-
-    try:
-        x = torch.ones(2, 4)
-        residual.backward([x], [x], torch.ones(1, 4), [0], [0], [-1], [0.0], [0], True)
-    except Exception as error:  # whatever it is, it is the interpreter's own
-        return f"Triton's interpreter does not work here: {error}"
-    return None
-
-
-problem = _interpreter_problem()
+problem = interpreter_problem()
 needs_interpreter = pytest.mark.skipif(problem is not None, reason=problem or "")
 
 CASES = small_cases()
@@ -109,7 +93,48 @@ def test_frozen_models_fuse_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", ["mix", "mlp", "cross_entropy", "head", "embed", "attention"])
+@pytest.mark.parametrize(
+    ("kind", "frozen", "inputs", "outputs"),
+    [
+        ("first layer", [], [0], []),
+        ("first layer", [-1], [], [0]),
+        ("after attention", [-1], [], [0]),
+        ("after attention", [0, -1], [], [0]),
+        ("kept, with a skip", [-1], [], [1]),
+        ("kept, with a skip", [1], [0, 1, 2, 3], []),
+        ("lanes", [], [0, 1, 2, 3, 4, 5], []),
+        ("lanes", [-1], [0, 2, 3, 4, 5], [1]),
+        # Tensor 4 alone gets a gradient; the norm that is of a kept combination does not take it.
+        ("lanes", [0, 1, 2, 3, 5, -1], [0, 2, 3, 4, 5], []),
+        ("splits", [-1], [0, 1, 2], []),
+        ("no norm", [-1], [], []),
+    ],
+)
+def test_frozen_mixes_save_what_norms_need(
+    kind: str, frozen: list[int], inputs: list[int], outputs: list[int]
+) -> None:
+    """Tensors and outputs that are saved for the backward, next to the coefficients."""
+    from golf_ray.kernels.residual import mix_fused
+
+    count, rows, mixes = MIXES[kind]
+    leaves = [torch.randn(3, 8) for _ in range(count)] + [torch.randn(rows, 8)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    for i in frozen:
+        leaves[i].requires_grad_(False)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.data_ptr()) or t, lambda t: t
+    ):
+        found = mix_fused(leaves[:-1], leaves[-1], mixes)
+    expected = [*(leaves[i] for i in inputs), *(found[i] for i in outputs), leaves[-1]]
+    assert saved == [t.data_ptr() for t in expected]
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "name", ["mix", "mix_backward", "mlp", "cross_entropy", "head", "embed", "attention"]
+)
 def test_ops_are_fit_for_torch_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schemas, fake implementations and autograd, as torch's own checker has it."""
     standin = flash_standin.operators("work space")
@@ -122,6 +147,11 @@ def test_ops_are_fit_for_torch_compile(name: str, monkeypatch: pytest.MonkeyPatc
     angles = torch.randn(5, 2)
     arguments = {
         "mix": ([leaf(5, 8), leaf(5, 8)], leaf(2, 8), [0, 1], [True], [0.5]),
+        # Frozen: one of two outputs has a gradient, and one of two tensors is reached.
+        "mix_backward": (
+            [torch.randn(5, 8)], [torch.randn(5, 8)], torch.randn(3, 8),
+            [0, 1, 2, -1], [True, True], [0.5, 0.0], [True, True], [False, False, True], False,
+        ),
         "mlp": (leaf(5, 8), leaf(16, 8), leaf(8, 16), True),
         "cross_entropy": (leaf(5, 7), targets, 30.0, True),
         "head": (leaf(5, 8), leaf(7, 8), targets, 30.0, True),

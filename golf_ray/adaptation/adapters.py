@@ -82,27 +82,84 @@ def adapter_slots(
 Pairs = dict[tuple[Site, int], tuple[Tensor, Tensor]]
 """(site, layer) -> A [N, R, I] and B [N, O, R]."""
 
+SHARED_INPUT: Final[tuple[AdapterSite, ...]] = ("k", "v", "q", "o")
+"""Sites of a layer that have one input, in the order of their A in a document's parameters: a run
+of them is one matrix. Keys and values come first, because the last layer needs those of all rows
+and the others of few."""
+
+
+class AdapterLayout:
+    """Where the parameters of a document lie: layer by layer the A of `SHARED_INPUT`, their B, then
+    A and B of the MLP; last those of the head.
+
+    Args:
+        slots: those of `adapter_slots`.
+        rank: of every adapter.
+    """
+
+    def __init__(self, slots: Sequence[AdapterSlot], rank: int) -> None:
+        self.slots = tuple(slots)
+        self.rank = rank
+        self.places: dict[tuple[Site, int], tuple[int, int]] = {}
+        """(site, layer) -> where A and B begin."""
+        self.of: dict[tuple[Site, int], AdapterSlot] = {(s.site, s.layer): s for s in slots}
+        place = 0
+        for layer, found in itertools.groupby(self.slots, key=lambda slot: slot.layer):
+            sites = {slot.site: slot for slot in found}
+            shared = [sites[site] for site in SHARED_INPUT if site in sites]
+            alone = [sites[site] for site in ("mlp", "head") if site in sites]
+            for group in (shared, *([slot] for slot in alone)):
+                a_places = []
+                for slot in group:
+                    a_places.append(place)
+                    place += rank * slot.in_features
+                for slot, a_place in zip(group, a_places, strict=True):
+                    self.places[slot.site, layer] = (a_place, place)
+                    place += rank * slot.out_features
+        self.num_parameters = place
+
+    def views(self, buffer_NP: Tensor) -> Pairs:
+        """A and B of some documents as views of their rows of parameters."""
+        num, rank = buffer_NP.shape[0], self.rank
+        pairs: Pairs = {}
+        for key, (a, b) in self.places.items():
+            slot = self.of[key]
+            I, O = slot.in_features, slot.out_features  # noqa: E741
+            pairs[key] = (
+                buffer_NP[:, a : a + rank * I].view(num, rank, I),
+                buffer_NP[:, b : b + rank * O].view(num, O, rank),
+            )
+        return pairs
+
+    def leaves(self, p_NP: Tensor) -> Pairs:
+        """The same as leaves of autograd."""
+        pairs = self.views(p_NP.detach())
+        for leaf in itertools.chain.from_iterable(pairs.values()):
+            leaf.requires_grad_()
+        return pairs
+
+    def gradient(self, leaves: Pairs, loss: Tensor) -> Tensor:
+        """The gradient [N, P] of a loss that came of `leaves`."""
+        flat = list(itertools.chain.from_iterable(leaves.values()))
+        found = torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True)
+        grad_NP = flat[0].new_empty(flat[0].shape[0], self.num_parameters)
+        into = list(itertools.chain.from_iterable(self.views(grad_NP).values()))
+        torch._foreach_copy_(into, found)
+        return grad_NP
+
 
 class AdapterBank:
-    """A and B of N documents and their gradients, a row a document in one flat buffer each.
+    """A and B of many documents, a row a document in one flat buffer.
 
     One buffer makes the optimizer a handful of operations over contiguous memory, and a document's
     state one row.
     """
 
     def __init__(
-        self,
-        slots: Sequence[AdapterSlot],
-        rank: int,
-        num_documents: int,
-        device: torch.device | str = "cpu",
+        self, layout: AdapterLayout, num_rows: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.slots = tuple(slots)
-        self.rank = rank
-        self.num_parameters = sum(rank * (s.in_features + s.out_features) for s in slots)
-        self.p_NP = torch.zeros(num_documents, self.num_parameters, device=device)
-        self.grad_NP = torch.zeros_like(self.p_NP)
-        self._leaves: tuple[slice, Pairs, list[Tensor]] | None = None
+        self.layout = layout
+        self.p_NP = torch.zeros(num_rows, layout.num_parameters, device=device)
 
     def reset(
         self,
@@ -118,52 +175,17 @@ class AdapterBank:
             adapter_init: A [R, I] by input width, used for every slot instead of the random one.
         """
         self.p_NP[row].zero_()
-        pairs = self._views(self.p_NP[row : row + 1])
-        for width in sorted({slot.in_features for slot in self.slots}):
-            slots = [slot for slot in self.slots if slot.in_features == width]
+        layout = self.layout
+        pairs = layout.views(self.p_NP[row : row + 1])
+        for width in sorted({slot.in_features for slot in layout.slots}):
+            slots = [slot for slot in layout.slots if slot.in_features == width]
             if adapter_init is None:
                 ids = [slot.id for slot in slots]
-                made = adapter_as(seed, document, ids, self.rank, width, self.p_NP.device)
+                made = adapter_as(seed, document, ids, layout.rank, width, self.p_NP.device)
             else:
                 made = adapter_init[width].expand(len(slots), -1, -1)
             for slot, a_RI in zip(slots, made, strict=True):
                 pairs[slot.site, slot.layer][0][0].copy_(a_RI)
-
-    def views(self, rows: slice) -> Pairs:
-        """The adapters of some documents, to compute with but not to learn."""
-        return self._views(self.p_NP[rows])
-
-    def leaves(self, rows: slice) -> Pairs:
-        """The adapters of some documents as leaves of autograd that share memory with `p_NP`."""
-        if self._leaves is None or self._leaves[0] != rows:
-            pairs = self._views(self.p_NP[rows])
-            for leaf in itertools.chain.from_iterable(pairs.values()):
-                leaf.requires_grad_()
-            grads = self._views(self.grad_NP[rows])
-            self._leaves = (rows, pairs, list(itertools.chain.from_iterable(grads.values())))
-        return self._leaves[1]
-
-    def gradient(self, rows: slice, loss: Tensor) -> Tensor:
-        """The gradient of a loss that came of `leaves(rows)`, as those rows of `grad_NP`."""
-        assert self._leaves is not None and self._leaves[0] == rows
-        leaves = list(itertools.chain.from_iterable(self._leaves[1].values()))
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-        torch._foreach_copy_(self._leaves[2], grads)
-        return self.grad_NP[rows]
-
-    def _views(self, buffer_NP: Tensor) -> Pairs:
-        pairs: Pairs = {}
-        offset = 0
-        rank, num = self.rank, buffer_NP.shape[0]
-        for slot in self.slots:
-            shapes = ((num, rank, slot.in_features), (num, slot.out_features, rank))
-            views = []
-            for shape in shapes:
-                size = shape[1] * shape[2]
-                views.append(buffer_NP.detach()[:, offset : offset + size].view(shape))
-                offset += size
-            pairs[slot.site, slot.layer] = (views[0], views[1])
-        return pairs
 
 
 class RowLayout:
@@ -175,6 +197,7 @@ class RowLayout:
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         assert lengths and min(lengths) > 0, lengths
         self.num_documents = len(lengths)
+        self.num_rows = sum(lengths)
         self.longest = max(lengths)
         self._places_T: Tensor | None = None
         if min(lengths) != self.longest:
@@ -201,14 +224,13 @@ class AdapterHooks(Hooks):
 
     Args:
         pairs: adapters of the buffer's documents, in their order.
-        body: rows of the layers.
-        head: rows that reach the head, which may be fewer.
+        body: all rows.
+        ends: rows of those places where outputs are wanted of few.
     """
 
-    def __init__(self, pairs: Pairs, body: RowLayout, head: RowLayout) -> None:
+    def __init__(self, pairs: Pairs, body: RowLayout, ends: RowLayout) -> None:
         self._pairs = pairs
-        self._body = body
-        self._head = head
+        self._layouts = {layout.num_rows: layout for layout in (body, ends)}
 
     def adapts(self, site: Site, slot: int) -> bool:
         return (site, slot) in self._pairs
@@ -219,7 +241,7 @@ class AdapterHooks(Hooks):
             return y_TO
         # Adapters are float32; the products are in the arithmetic of the forward.
         a_NRI, b_NOR = (t.to(x_TI.dtype) for t in pair)
-        rows = self._head if site == "head" else self._body
+        rows = self._layouts[x_TI.shape[0]]
         low_NLR = torch.bmm(rows.split(x_TI), a_NRI.transpose(1, 2))
         return y_TO + rows.join(torch.bmm(low_NLR, b_NOR.transpose(1, 2)))
 

@@ -5,10 +5,11 @@ the document's current adapters computes it; the chunk's losses are the score, f
 it is the document's last chunk, the adapters take `grad_steps` steps on the chunk's mean loss, its
 gradient running through the whole window. The base weights never change.
 
-The engine advances the documents of one group together. It plans nothing
-(`golf_ray.adaptation.plan`), reads no file and knows no total (`evaluators.ttt`).
+Documents of any length and at any place in them advance together (`golf_ray.adaptation.packing`
+says which); a finished one makes room for the next at once. The engine reads no file and knows no
+total (`evaluators.ttt`).
 
-Shapes: N documents, T rows of a flat buffer, C predictions of a chunk, D model dim.
+Shapes: N documents of a step, T rows of its flat buffer, S predictions that it scores, D model dim.
 
 Invariant: a document's score depends on nothing but its tokens, its index, the model and the
 settings; predictions are scored once, left to right, before anything learns from them.
@@ -16,10 +17,12 @@ settings; predictions are scored once, left to right, before anything learns fro
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,14 +30,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from golf_ray.adaptation.adapters import AdapterBank, AdapterHooks, RowLayout, adapter_slots
+from golf_ray import fingerprint
+from golf_ray.adaptation.adapters import AdapterBank, AdapterLayout, adapter_slots
+from golf_ray.adaptation.batches import Batch, HostBatch, Shape, send
+from golf_ray.adaptation.budget import choose_budget
+from golf_ray.adaptation.fused import FusedAdapters, can_fuse
+from golf_ray.adaptation.graphs import StepGraphs, shape_of
 from golf_ray.adaptation.optimizer import AdapterOptimizer
-from golf_ray.adaptation.plan import Chunk, chunk_at, count_chunks, plan_groups
+from golf_ray.adaptation.packing import Budget, Packer, Step
+from golf_ray.adaptation.plain import PlainAdapters
+from golf_ray.adaptation.plan import plan_groups
+from golf_ray.adaptation.state import DocumentState
 from golf_ray.config import AdaptationConfig
 from golf_ray.data.tokenizer import ByteTables
+from golf_ray.errors import EvaluationFailed, UsageError
 from golf_ray.metric import Score
 from golf_ray.model.model import GolfModel
-from golf_ray.model.segments import Segments
 
 AdapterInit = Mapping[int, Tensor]
 """A [rank, n] by input width n, in place of random ones."""
@@ -59,7 +70,7 @@ class Document:
 class ChunkEvent:
     """When a chunk was scored and when the adapters learned from it: numbers of one rising count.
 
-    The count runs over the events of all documents of a group.
+    The count runs over the events of all documents of an engine.
     """
 
     chunk: int
@@ -87,194 +98,430 @@ class DocumentScore:
         return Score(nats=self.nats, tokens=self.tokens, num_bytes=self.num_bytes)
 
 
-class _Resident:
-    """A document in the engine: its ids on the device, what is scored of it, its trace."""
+Tell = Callable[[str], None]
+WITHOUT_EFFECT = (
+    "document_fraction",
+    "group_documents",
+    "resident_documents",
+    "sample_documents",
+    "step_tokens",
+)
+"""Settings that no document's score depends on."""
+MOST_UNREAD = 4
+"""Steps whose finished documents may wait for the device before the host does."""
 
-    def __init__(
-        self, document: Document, tokens: NDArray[np.integer], device: torch.device
-    ) -> None:
-        ids = np.asarray(tokens[document.start : document.end]).astype(np.int64)
+
+class _Resident:
+    """A document in the engine: where its losses go, what is scored of it, its trace."""
+
+    def __init__(self, document: Document, row: int, first_loss: int) -> None:
         self.document = document
-        self.ids = torch.from_numpy(ids).to(device)
-        self.losses: list[Tensor] = []
+        self.row = row
+        self.first_loss = first_loss
+        """Place of its first loss in the run's buffer."""
         self.trace: list[ChunkEvent] = []
 
-    def finish(
-        self, tokens: NDArray[np.integer], tables: ByteTables, keep_token_nats: bool
-    ) -> DocumentScore:
-        document = self.document
-        ids = np.asarray(tokens[document.start : document.end])
-        losses = torch.cat(self.losses).cpu().numpy() if self.losses else np.zeros(0, np.float32)
-        assert len(losses) == document.num_predictions
-        return DocumentScore(
-            index=document.index,
-            nats=math.fsum(losses.tolist()),
-            tokens=len(losses),
-            num_bytes=int(tables.count(ids[:-1], ids[1:]).sum()),
-            trace=tuple(self.trace),
-            token_nats=losses if keep_token_nats else None,
-        )
 
-
-class GroupEngine:
-    """Adapters, optimizer and progress of the documents of one group.
+class Engine:
+    """Adapters, optimizer and progress of the documents that are at work.
 
     Args:
         model: the base model; its weights are read only.
         tokens: the whole stream of ids.
-        documents: the group's members, in falling order of predictions.
         adaptation: the settings.
         tables: bytes of each token.
+        budget: documents and tokens at a time; None chooses from free memory.
+        num_documents: most that a run will have, where it is known: no memory is taken for more.
         adapter_init: A to use in place of the random ones.
         keep_token_nats: keep every loss in the scores.
+        tell: told of what is done about a lack of memory.
+        on_step: told of every step when it is on its way.
+        graphs: whether steps may be captured as CUDA graphs, where there are any.
     """
 
     def __init__(
         self,
         model: GolfModel,
         tokens: NDArray[np.integer],
-        documents: Sequence[Document],
         adaptation: AdaptationConfig,
         *,
         tables: ByteTables,
+        budget: Budget | None = None,
+        num_documents: int | None = None,
         adapter_init: AdapterInit | None = None,
         keep_token_nats: bool = False,
+        tell: Tell | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        graphs: bool = True,
     ) -> None:
-        lengths = [document.num_predictions for document in documents]
-        assert lengths == sorted(lengths, reverse=True), lengths
         self.model = model
         self.adaptation = adaptation
         self.device = next(model.parameters()).device
         self._tokens = tokens
         self._tables = tables
+        self._init = adapter_init
         self._keep_token_nats = keep_token_nats
+        self._tell = tell or (lambda what: None)
+        self._on_step = on_step or (lambda step: None)
         self._clock = itertools.count()
-        self.residents = [_Resident(d, tokens, self.device) for d in documents]
-        self.chunks = [count_chunks(n, adaptation.chunk_size) for n in lengths]
-        self.bank = AdapterBank(
-            adapter_slots(model.config, adaptation.sites),
-            adaptation.rank,
-            sum(n > 0 for n in lengths),
-            self.device,
-        )
-        for row, document in enumerate(documents[: len(self.bank.p_NP)]):
-            self.bank.reset(row, document.index, adaptation.seed, adapter_init)
-        self.optimizer = AdapterOptimizer(
-            adaptation, len(self.bank.p_NP), self.bank.num_parameters, self.device
-        )
+        layout = AdapterLayout(adapter_slots(model.config, adaptation.sites), adaptation.rank)
+        if budget is None:
+            most = len(tokens) if num_documents is None else num_documents
+            budget = choose_budget(
+                model.config, adaptation, model.compute, layout, self.device, num_documents=most
+            )
+        self.budget = budget
+        self.bank, self.optimizer, self.adapters = self._allocate(layout)
+        if self.device.type == "cuda":
+            self._tell(
+                f"{self.budget.residents} documents at a time, steps of "
+                f"{self.budget.step_tokens:,} tokens"
+            )
+        self._graphs = self._step_graphs() if graphs else None
+        self._residents: dict[int, _Resident] = {}
+        """By place in the run's documents."""
+        self._losses = torch.zeros(0)
 
-    def run(self) -> Iterator[DocumentScore]:
-        """All documents to their end; each is yielded when it is finished."""
-        for resident, chunks in zip(self.residents, self.chunks, strict=True):
-            if chunks == 0:
-                yield self._finish(resident)
-        for number in range(max(self.chunks, default=0)):
-            yield from self.advance(number)
+    def _allocate(
+        self, layout: AdapterLayout
+    ) -> tuple[AdapterBank, AdapterOptimizer, PlainAdapters | FusedAdapters]:
+        """Rows for the residents; fewer where memory does not hold them."""
+        while True:
+            try:
+                # One more than there are residents: what is padded takes that row.
+                num_rows = self.budget.residents + 1
+                bank = AdapterBank(layout, num_rows, self.device)
+                optimizer = AdapterOptimizer(
+                    self.adaptation, num_rows, layout.num_parameters, self.device
+                )
+                if self._init is None and can_fuse(self.model.config, self.model.compute):
+                    return bank, optimizer, FusedAdapters(bank, optimizer, self.model.compute.dtype)
+                return bank, optimizer, PlainAdapters(bank, optimizer, self._init)
+            except torch.OutOfMemoryError:
+                bank = optimizer = None  # type: ignore[assignment]
+                torch.cuda.empty_cache()
+                fewer = self.budget.residents // 2
+                if not fewer:
+                    raise EvaluationFailed(
+                        "the adapters of one document do not fit into memory",
+                        "lower adaptation.rank, or free the device",
+                    ) from None
+                self._tell(f"out of memory: {fewer} documents at a time")
+                self.budget = dataclasses.replace(self.budget, residents=fewer)
 
-    def advance(self, number: int) -> list[DocumentScore]:
-        """Chunk `number` of every document that has one; the documents that end with it.
+    def _step_graphs(self) -> StepGraphs | None:
+        adapters, one_step = self.adapters, self.adaptation.grad_steps == 1
+        captures = self.device.type == "cuda" and self.model.compute.attention == "fa3"
+        if not (captures and one_step and isinstance(adapters, FusedAdapters)):
+            return None
+        if not adapters.layout.slots or self.model.parts:
+            return None
 
-        Members are in falling order of length, so those with a further chunk come first, have
-        windows of one length, and are the only ones that need a gradient.
+        return StepGraphs(adapters, self._padded_step, self.device)
+
+    def _padded_step(self, batch: Batch, factors_N2: Tensor) -> Tensor:
+        """Losses of a batch, and the adapters' step on them."""
+        assert isinstance(self.adapters, FusedAdapters)
+        losses_S = self.losses(batch)
+        self.adapters.apply(batch, mean_of_chunks(losses_S, batch), factors_N2)
+        return losses_S.detach()
+
+    # A run -------------------------------------------------------------------------------------
+
+    def run(
+        self, documents: Sequence[Document], states: Sequence[DocumentState] = ()
+    ) -> Iterator[DocumentScore]:
+        """All documents to their end.
+
+        Args:
+            documents: in any order, which has no effect on a score.
+            states: of those among them that go on from where they were.
+
+        Yields:
+            Each document when it is finished.
+
+        Raises:
+            EvaluationFailed: a single window does not fit into memory.
+            UsageError: a state is of other settings, of none of the documents, or of no use.
         """
-        going_on = sum(chunks > number + 1 for chunks in self.chunks)
-        present = sum(chunks > number for chunks in self.chunks)
-        if going_on:
-            self.learn(slice(0, going_on), number)
-        if present == going_on:
-            return []
-        ending = slice(going_on, present)
-        with torch.no_grad():
-            self.score(ending, number, self.losses(ending, number))
-        return [self._finish(resident) for resident in self.residents[ending]]
+        lengths = [document.num_predictions for document in documents]
+        offsets = [0, *itertools.accumulate(lengths)]
+        self._losses = torch.zeros(offsets[-1], device=self.device)
+        self._residents = {}
+        self._clock = itertools.count()
+        kept = self._states_of(documents, states)
+        packer = Packer(
+            lengths, self.adaptation, self.budget, {p: s.chunks for p, s in kept.items()}
+        )
+        unread: collections.deque[_Unread] = collections.deque()
+        for place, document in enumerate(documents):
+            if not lengths[place]:
+                yield self._score_of(_Resident(document, -1, 0), np.zeros(0, np.float32))
+        while True:
+            admitted = packer.admit()
+            for place, row in admitted:
+                self._residents[place] = _Resident(documents[place], row, offsets[place])
+            self._start(admitted, documents, kept)
+            step = packer.take()
+            if step is None:
+                break
+            if not self._advance(step):
+                packer.budget = self.budget
+                continue
+            self._on_step(step)
+            ended = [self._residents.pop(place) for place, _ in packer.commit(step)]
+            if ended:
+                unread.append(_Unread(self._losses, ended))
+            while unread and (len(unread) > MOST_UNREAD or unread[0].ready()):
+                yield from self._scores_of(unread.popleft())
+        for waiting in unread:
+            yield from self._scores_of(waiting)
 
-    def learn(self, rows: slice, number: int) -> None:
-        """Score a chunk that is not the last, then take the steps on it."""
-        losses_T = self.losses(rows, number)
-        self.score(rows, number, losses_T)
-        for step in range(self.adaptation.grad_steps):
-            self.update(rows, losses_T if step == 0 else self.losses(rows, number))
-        for resident in self.residents[rows]:
-            event = resident.trace[-1]
-            resident.trace[-1] = ChunkEvent(
-                chunk=event.chunk, scored_at=event.scored_at, updated_at=next(self._clock)
+    def state(self, index: int) -> DocumentState:
+        """What it takes to go on with a document elsewhere: between scores, of one at work.
+
+        Raises:
+            UsageError: it waits, is finished or is unknown.
+        """
+        found = [r for r in self._residents.values() if r.document.index == index]
+        scored = len(found[0].trace) * self.adaptation.chunk_size if found else 0
+        if not found or scored >= found[0].document.num_predictions:
+            raise UsageError(
+                f"document {index} is not at work", "take the state of one that `at_work` names"
             )
+        resident = found[0]
+        row, chunks = resident.row, len(resident.trace)
+        first, second = self.optimizer.first_NP, self.optimizer.second_NP
+        return DocumentState(
+            index=index,
+            num_predictions=resident.document.num_predictions,
+            chunks=chunks,
+            steps=self.optimizer.steps_N[row],
+            parameters_P=self.bank.p_NP[row].cpu().clone(),
+            second_P=None if second is None else second[row].cpu().clone(),
+            first_P=None if first is None else first[row].cpu().clone(),
+            losses=self._losses[resident.first_loss :][:scored].cpu().clone(),
+            trace=tuple((e.chunk, e.scored_at, e.updated_at or 0) for e in resident.trace),
+            settings=self._settings(),
+        )
 
-    def losses(self, rows: slice, number: int) -> Tensor:
-        """Losses of chunk `number` under the current adapters, float32 [sum of C]."""
-        chunks = self._chunks_at(rows, number)
-        residents = self.residents[rows]
-        x_T = torch.cat(
-            [r.ids[c.window_start : c.end] for r, c in zip(residents, chunks, strict=True)]
-        )
-        targets = torch.cat(
-            [r.ids[c.start + 1 : c.end + 1] for r, c in zip(residents, chunks, strict=True)]
-        )
-        lengths = [c.window_tokens for c in chunks]
-        scored = [c.num_scored for c in chunks]
-        learning = torch.is_grad_enabled()
-        hooks = AdapterHooks(
-            self.bank.leaves(rows) if learning else self.bank.views(rows),
-            body=RowLayout(lengths, self.device),
-            head=RowLayout(scored, self.device),
-        )
-        with _frozen(self.model):
-            segments = Segments.of_lengths(lengths, self.device)
-            x_TD = self.model.hidden(x_T, segments, loop=True, hooks=hooks)
-            places = _last_rows(lengths, scored).to(self.device)
-            return self.model.token_losses(x_TD.index_select(0, places), targets, hooks)
+    def at_work(self) -> tuple[int, ...]:
+        """Indices of the documents that hold a row."""
+        return tuple(sorted(r.document.index for r in self._residents.values()))
 
-    def score(self, rows: slice, number: int, losses_T: Tensor) -> None:
-        """Note the losses of a chunk as its score; nothing changes them afterwards."""
-        counts = [c.num_scored for c in self._chunks_at(rows, number)]
-        pieces = torch.split(losses_T.detach().clone(), counts)
-        for resident, piece in zip(self.residents[rows], pieces, strict=True):
-            resident.losses.append(piece)
-            resident.trace.append(
-                ChunkEvent(chunk=number, scored_at=next(self._clock), updated_at=None)
+    def _settings(self) -> str:
+        adaptation = dataclasses.asdict(self.adaptation)
+        kept = {name: value for name, value in adaptation.items() if name not in WITHOUT_EFFECT}
+        return fingerprint.of_value([kept, dataclasses.asdict(self.model.config)])
+
+    def _states_of(
+        self, documents: Sequence[Document], states: Sequence[DocumentState]
+    ) -> dict[int, DocumentState]:
+        places = {document.index: place for place, document in enumerate(documents)}
+        for state in states:
+            place = places.get(state.index)
+            if place is None or documents[place].num_predictions != state.num_predictions:
+                raise UsageError(
+                    f"a state of document {state.index} of {state.num_predictions} predictions "
+                    "belongs to none of the documents",
+                    "give states of the same data set",
+                )
+            if state.settings != self._settings():
+                raise UsageError(
+                    f"the state of document {state.index} was made under other settings",
+                    "evaluate under those, or delete it",
+                )
+            if not self._fits(state):
+                raise UsageError(
+                    f"the state of document {state.index} is not that of a document at work",
+                    "delete it; the document starts again",
+                )
+        return {places[state.index]: state for state in states}
+
+    def _fits(self, state: DocumentState) -> bool:
+        """Whether a state is what `state` gives: of whole chunks, with another one to come."""
+        scored, width = state.chunks * self.adaptation.chunk_size, self.bank.p_NP.shape[1]
+        moments = (
+            (self.optimizer.first_NP, state.first_P),
+            (self.optimizer.second_NP, state.second_P),
+        )
+        return (
+            0 <= scored < state.num_predictions
+            and len(state.losses) == scored
+            and [chunk for chunk, _, _ in state.trace] == list(range(state.chunks))
+            and len(state.parameters_P) == width
+            and all(
+                len(stored) == width if stored is not None else mine is None
+                for mine, stored in moments
             )
+        )
 
-    def update(self, rows: slice, losses_T: Tensor) -> None:
-        """One step of each document on the mean of its chunk's losses; chunks are of one length."""
-        if not self.bank.slots:
-            return
-        num_documents = len(self.residents[rows])
-        loss = losses_T.view(num_documents, -1).mean(1).sum()
-        grad_NP = self.bank.gradient(rows, loss)
-        with torch.no_grad():
-            self.optimizer.step(self.bank.p_NP[rows], grad_NP, rows)
+    def _start(
+        self,
+        admitted: Sequence[tuple[int, int]],
+        documents: Sequence[Document],
+        kept: Mapping[int, DocumentState],
+    ) -> None:
+        new = [(documents[place].index, row) for place, row in admitted if place not in kept]
+        indices, rows = [index for index, _ in new], [row for _, row in new]
+        self.adapters.start(rows, indices, self.adaptation.seed)
+        for place, row in admitted:
+            if place in kept:
+                self._restore(self._residents[place], kept[place], row)
 
-    def _chunks_at(self, rows: slice, number: int) -> list[Chunk]:
-        chunk_size, window = self.adaptation.chunk_size, self.adaptation.window
-        return [
-            chunk_at(number, resident.document.num_predictions, chunk_size, window)
-            for resident in self.residents[rows]
+    def _restore(self, resident: _Resident, state: DocumentState, row: int) -> None:
+        self.bank.p_NP[row].copy_(state.parameters_P)
+        moments = (
+            (self.optimizer.first_NP, state.first_P),
+            (self.optimizer.second_NP, state.second_P),
+        )
+        for mine, stored in moments:
+            if mine is not None:
+                assert stored is not None
+                mine[row].copy_(stored)
+        self.optimizer.steps_N[row] = state.steps
+        self.adapters.refresh(row)
+        self._losses[resident.first_loss :][: len(state.losses)].copy_(state.losses)
+        last = max((updated for _, _, updated in state.trace), default=-1)
+        self._clock = itertools.count(max(next(self._clock), last + 1))
+        resident.trace = [
+            ChunkEvent(chunk=c, scored_at=scored, updated_at=updated)
+            for c, scored, updated in state.trace
         ]
 
-    def _finish(self, resident: _Resident) -> DocumentScore:
-        return resident.finish(self._tokens, self._tables, self._keep_token_nats)
+    # A step ------------------------------------------------------------------------------------
+
+    def _advance(self, step: Step) -> bool:
+        """Score a step's chunks and learn from them; False where memory was short, with nothing
+        changed but the budget."""
+        applied = 0
+
+        def update(batch: Batch, losses_S: Tensor) -> None:
+            nonlocal applied
+            self.update(batch, losses_S)
+            applied += 1
+
+        try:
+            shape = shape_of(step, self.adaptation, self.budget) if self._graphs else None
+            host = self._host_batch(step, shape)
+            with _frozen(self.model):
+                if self._graphs is not None and shape is not None:
+                    losses_S = self._graphs.run(host, shape)
+                    applied += 1
+                elif step.learns:
+                    losses_S = self.learn(host.on(self.device), update)
+                else:
+                    with torch.no_grad():
+                        losses_S = self.losses(host.on(self.device))
+            places = send(host.loss_places, self.device)
+            self._losses.index_copy_(0, places, losses_S.detach().float())
+        except torch.OutOfMemoryError:
+            tokens = step.window_tokens
+            # What is learned cannot be taken back, so the step must not be tried again.
+            if len(step.members) == 1 or applied:
+                raise EvaluationFailed(
+                    f"a step of {tokens:,} tokens does not fit into memory",
+                    "lower adaptation.window or adaptation.step_tokens, or free the device",
+                ) from None
+        else:
+            self._note(step)
+            return True
+        # Outside of the handler: the error holds on to the tensors of the pass.
+        if self._graphs is not None:
+            self._graphs.clear()
+        torch.cuda.empty_cache()
+        self.budget = dataclasses.replace(self.budget, step_tokens=max(1, tokens // 2))
+        self._tell(f"out of memory: steps of {self.budget.step_tokens:,} tokens from here on")
+        return False
+
+    def _note(self, step: Step) -> None:
+        """All of a step's chunks are scored before the first of them is learned from."""
+        residents = [self._residents[member.document] for member in step.members]
+        scored = [next(self._clock) for _ in residents]
+        updated = [next(self._clock) if step.learns else None for _ in residents]
+        for resident, member, s, u in zip(residents, step.members, scored, updated, strict=True):
+            event = ChunkEvent(chunk=member.number, scored_at=s, updated_at=u)
+            resident.trace.append(event)
+
+    def learn(self, batch: Batch, update: Callable[[Batch, Tensor], None]) -> Tensor:
+        """Losses of a step's chunks, which are their score, and then the steps on them."""
+        losses_S = self.losses(batch)
+        for step in range(self.adaptation.grad_steps):
+            update(batch, losses_S if step == 0 else self.losses(batch))
+        return losses_S
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Losses of a step's chunks under the current adapters, float32 [S]."""
+        hooks = self.adapters.hooks(batch)
+        x_SD = self.model.hidden(
+            batch.ids_T, batch.segments, loop=True, hooks=hooks, tail=batch.tail
+        )
+        return self.model.token_losses(x_SD, batch.targets_S, hooks)
+
+    def update(self, batch: Batch, losses_S: Tensor) -> None:
+        """One step of each document on the mean of its chunk's losses; chunks are of one length."""
+        if self.adapters.layout.slots:
+            self.adapters.learn(batch, mean_of_chunks(losses_S, batch))
+
+    def _host_batch(self, step: Step, shape: Shape | None = None) -> HostBatch:
+        documents = [self._residents[m.document].document for m in step.members]
+        places = [self._residents[m.document].first_loss for m in step.members]
+        spare_row = self.budget.residents
+        return HostBatch.of(step, documents, places, self._tokens, shape, spare_row)
+
+    # Scores ------------------------------------------------------------------------------------
+
+    def _scores_of(self, unread: _Unread) -> Iterator[DocumentScore]:
+        losses = unread.read()
+        for resident in unread.residents:
+            n = resident.document.num_predictions
+            mine, losses = losses[:n], losses[n:]
+            yield self._score_of(resident, mine)
+
+    def _score_of(self, resident: _Resident, losses: NDArray[np.float32]) -> DocumentScore:
+        document = resident.document
+        ids = np.asarray(self._tokens[document.start : document.end])
+        assert len(losses) == document.num_predictions
+        return DocumentScore(
+            index=document.index,
+            nats=math.fsum(losses.tolist()),
+            tokens=len(losses),
+            num_bytes=int(self._tables.count(ids[:-1], ids[1:]).sum()),
+            trace=tuple(resident.trace),
+            token_nats=losses if self._keep_token_nats else None,
+        )
 
 
-def adapt_group(
-    model: GolfModel,
-    tokens: NDArray[np.integer],
-    documents: Sequence[Document],
-    adaptation: AdaptationConfig,
-    *,
-    tables: ByteTables,
-    adapter_init: AdapterInit | None = None,
-    keep_token_nats: bool = False,
-) -> Iterator[DocumentScore]:
-    """Adapt to and score the documents of one group; see `GroupEngine` for the arguments.
+def mean_of_chunks(losses_S: Tensor, batch: Batch) -> Tensor:
+    """What is learned from: the sum over documents of the mean of each chunk's losses."""
+    return losses_S.view(len(batch.rows), -1).mean(1).sum()
 
-    Yields:
-        Each document when it is finished, the shorter ones first.
-    """
-    engine = GroupEngine(
-        model, tokens, documents, adaptation, tables=tables, adapter_init=adapter_init,
-        keep_token_nats=keep_token_nats,
-    )  # fmt: skip
-    return engine.run()
+
+class _Unread:
+    """Losses of finished documents on their way to the host, which goes on meanwhile."""
+
+    def __init__(self, losses: Tensor, residents: Sequence[_Resident]) -> None:
+        self.residents = residents
+        pieces = [
+            losses[r.first_loss : r.first_loss + r.document.num_predictions] for r in residents
+        ]
+        found = torch.cat(pieces)
+        self._event: torch.cuda.Event | None = None
+        if losses.is_cuda:
+            self._host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+            self._host.copy_(found, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = found
+
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def read(self) -> NDArray[np.float32]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host.numpy().copy()
 
 
 def group_documents(
@@ -295,17 +542,31 @@ def adapt_documents(
     tables: ByteTables,
     adapter_init: AdapterInit | None = None,
     keep_token_nats: bool = False,
+    tell: Tell | None = None,
 ) -> Iterator[DocumentScore]:
-    """Plan the documents into groups and run one group after another, longest documents first.
+    """Run documents through one engine.
+
+    On a CPU group after group, so that whoever runs a group alone gets its very bits; on a GPU
+    together, because a group leaves it idle at its end.
 
     Yields:
         One score a document, in the order in which they finish.
     """
-    for members in group_documents(documents, adaptation):
-        yield from adapt_group(
-            model, tokens, members, adaptation, tables=tables, adapter_init=adapter_init,
-            keep_token_nats=keep_token_nats,
-        )  # fmt: skip
+    groups = group_documents(documents, adaptation)
+    if next(model.parameters()).device.type == "cuda":
+        groups = (tuple(itertools.chain.from_iterable(groups)),)
+    engine = Engine(
+        model,
+        tokens,
+        adaptation,
+        tables=tables,
+        num_documents=max(map(len, groups), default=1),
+        adapter_init=adapter_init,
+        keep_token_nats=keep_token_nats,
+        tell=tell,
+    )
+    for members in groups:
+        yield from engine.run(members)
 
 
 @contextlib.contextmanager
@@ -319,9 +580,3 @@ def _frozen(model: GolfModel) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _last_rows(lengths: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """Places of the last `counts[i]` rows of stretch i in a flat buffer of such stretches."""
-    ends = itertools.accumulate(lengths)
-    return torch.cat([torch.arange(e - c, e) for e, c in zip(ends, counts, strict=True)])

@@ -10,6 +10,8 @@ Invariant: a document's row after k steps is what a fresh optimizer of its own w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,21 +38,45 @@ class AdapterOptimizer:
         self.second_NP = torch.zeros(shape, device=device) if adam else None
         self.steps_N = [0] * num_documents
 
-    def step(self, p_NP: Tensor, grad_NP: Tensor, rows: slice) -> None:
+    def start(self, row: int) -> None:
+        """Forget what a row has learned: another document takes it."""
+        for moments in (self.first_NP, self.second_NP):
+            if moments is not None:
+                moments[row].zero_()
+        self.steps_N[row] = 0
+
+    def step(self, p_nP: Tensor, grad_nP: Tensor, rows: Sequence[int]) -> None:
         """One step of the documents in `rows`.
 
         Args:
-            p_NP: parameters of exactly those documents, changed in place.
-            grad_NP: their gradients, of the same shape.
+            p_nP: parameters of exactly those documents, changed in place.
+            grad_nP: their gradients, of the same shape.
         """
-        self.steps_N[rows] = [count + 1 for count in self.steps_N[rows]]
-        first = None if self.first_NP is None else self.first_NP[rows]
-        if self.second_NP is None:
-            sgd_step(p_NP, grad_NP, first, self.adaptation)
+        steps_n = [self.steps_N[row] + 1 for row in rows]
+        index = torch.tensor(rows, device=p_nP.device)
+        first, second = (
+            None if moments is None else moments[index]
+            for moments in (self.first_NP, self.second_NP)
+        )
+        if second is None:
+            sgd_step(p_nP, grad_nP, first, self.adaptation)
         else:
-            adamw_step(
-                p_NP, grad_NP, first, self.second_NP[rows], self.steps_N[rows], self.adaptation
-            )
+            adamw_step(p_nP, grad_nP, first, second, steps_n, self.adaptation)
+        for moments, new in ((self.first_NP, first), (self.second_NP, second)):
+            if moments is not None and new is not None:
+                moments[index] = new
+        self.count(rows)
+
+    def count(self, rows: Sequence[int]) -> None:
+        """Note a step of the documents in `rows`."""
+        for row in rows:
+            self.steps_N[row] += 1
+
+    def factors(self, rows: Sequence[int]) -> list[tuple[float, float]]:
+        """1 / sqrt(1 - beta2^t) and 1 / (1 - beta1^t) of the next step of some documents."""
+        beta1, beta2 = self.adaptation.beta1, self.adaptation.beta2
+        steps = [self.steps_N[row] + 1 for row in rows]
+        return [((1 - beta2**t) ** -0.5, 1 / (1 - beta1**t)) for t in steps]
 
 
 def adamw_step(

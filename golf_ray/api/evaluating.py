@@ -73,6 +73,7 @@ def evaluate(
     progress: Progress | None = None,
     quantize_progress: Phase | None = None,
     on_event: OnEvent | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Score a checkpoint or an artifact on the validation stream of its configuration.
 
@@ -88,6 +89,8 @@ def evaluate(
         progress: told of every batch, or document of `ttt`.
         quantize_progress: told how quantisation goes on.
         on_event: told of actors that are lost, and of what is done about it.
+        tell: told, in this process, how many documents `ttt` takes at a time, and of a lack of
+            memory.
 
     Raises:
         GolfRayError: something given cannot be used, or not everything could be scored.
@@ -108,6 +111,7 @@ def evaluate(
         address=address,
         progress=progress,
         on_event=on_event,
+        tell=tell,
     )
     if not quantize_first:
         return _score(weights, job)
@@ -147,6 +151,7 @@ class _Job:
     address: str | None
     progress: Progress | None
     on_event: OnEvent | None
+    tell: Callable[[str], None] | None
 
 
 def _score(weights: StoredWeights, job: _Job) -> Evaluation:
@@ -185,6 +190,7 @@ def _score_here(weights: StoredWeights, job: _Job, device: torch.device) -> Eval
             weights=weights.kind,
             adapter_init=job.adapters,
             progress=job.progress,
+            tell=job.tell,
         )
 
 

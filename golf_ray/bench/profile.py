@@ -15,6 +15,8 @@ CATEGORIES = (
     ("attention forward", r"FlashAttnFwd|flash_fwd|prepare_varlen|fmha|efficient_attention"),
     ("MLP kernels", r"^_up$|^_down_backward$"),
     ("matrix products", r"nvjet|gemm|cutlass|splitKreduce|cublas|xmma"),
+    ("adapters' products", r"^_rows$|^_sums$"),
+    ("adapters' optimizer", r"^_step$|^_fill$"),
     ("mixes and norms", r"^_mix|^_total$"),
     ("heads: norm, rotary, XSA", r"^_prepare|^_remove_own_value"),
     ("softcap and cross entropy", r"^_cross_entropy$|^_scale_rows$"),

@@ -111,6 +111,38 @@ def bench_kernels(config: Config, *, compiled: bool, tell: Tell) -> dict[str, An
     }
 
 
+def bench_ttt(
+    config: Config, *, profile: bool, mixed_s: float, start_up: bool, tell: Tell
+) -> dict[str, Any]:
+    """Measure test-time training on one device.
+
+    Args:
+        mixed_s: seconds of documents of mixed lengths, about.
+        tell: told what is being done.
+
+    Raises:
+        GolfRayError: a GPU is asked for and there is none.
+    """
+    from golf_ray.api.machine import cpu_threads, fitted_to_machine, pick_device
+    from golf_ray.bench import adaptation
+
+    config = fitted_to_machine(config)
+    device = pick_device(config)
+    tell("yardsticks")
+    found: dict[str, Any] = {
+        "kind": "bench ttt",
+        "host": describe(device),
+        "yardsticks": yardsticks(device),
+    }
+    with cpu_threads(config.evaluation.threads):
+        found.update(
+            adaptation.bench_ttt(
+                config, device, profile=profile, mixed_s=mixed_s, start_up=start_up, tell=tell
+            )
+        )
+    return found
+
+
 def against(found: dict[str, Any], earlier: dict[str, Any]) -> dict[str, float]:
     """Ratios of this run's figures over an earlier one's: above 1 is faster now.
 
@@ -145,13 +177,7 @@ def training_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
         ]
         yield "from entering the training function to its first step", rows
     for name, shares in (mine.get("profile") or {}).items():
-        total = sum(share["ms"] for share in shares)
-        rows = [("category", "ms", "share", "kernels")]
-        rows += [
-            (s["category"], f"{s['ms']:.1f}", f"{s['share']:.1%}", str(s["kernels"]))
-            for s in shares
-        ]
-        yield f"one step, {name}: {total:.1f} ms of GPU time", rows
+        yield _profile_table(f"one step, {name}", shares)
     yield "yardsticks", [(name, f"{value:.3g}") for name, value in found["yardsticks"].items()]
     if "against_earlier" in found:
         rows = [(name, f"{ratio:.3f}x") for name, ratio in found["against_earlier"].items()]
@@ -218,3 +244,56 @@ def _ms(forward: float | None, both: float | None) -> str:
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def ttt_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
+    """Titles and tables of test-time training's document."""
+    host, compute, budget = found["host"], found["compute"], found["budget"]
+    rows: Table = [("window", "documents", "a chunk", "its last", "window tok/s")]
+    rows += [
+        (
+            f"{one['window']:,}",
+            str(one["documents"]),
+            f"{one['chunk_ms']:.3f} ms",
+            f"{one['ending_ms']:.3f} ms",
+            f"{one['window_tokens_per_s']:,.0f}",
+        )
+        for one in found["classes"]
+    ]
+    yield (
+        f"{host['device']}, torch {host['torch']}, {compute['dtype']}, attention "
+        f"{compute['attention']}: steps of {budget['step_tokens']:,} tokens, "
+        f"{budget['residents']} documents at a time",
+        rows,
+    )
+    whole, mixed = found["whole_set"], found["mixed"]
+    rows = [
+        ("documents", f"{whole['documents']:,} of {whole['tokens']:,} tokens"),
+        ("on one such device", f"{whole['gpu_s']:,.0f} s"),
+        ("by the price of each chunk", f"{whole['priced_gpu_s']:,.0f} s"),
+        (
+            "mixed documents",
+            f"{mixed['measured_s']:.1f} s for {mixed['documents']}, priced "
+            f"{mixed['priced_s']:.1f} s",
+        ),
+    ]
+    if found.get("peak_memory_bytes"):
+        rows.append(("peak memory", f"{found['peak_memory_bytes'] / 1e9:.1f} GB"))
+    yield f"the whole set, steady ({whole['method']})", rows
+    if found.get("first_result"):
+        rows = [
+            (name.removesuffix("_s"), f"{s:.1f} s") for name, s in found["first_result"].items()
+        ]
+        yield "from a process's start to its first score", rows
+    if found.get("profile"):
+        yield _profile_table("growing windows", found["profile"])
+    yield "yardsticks", [(name, f"{value:.3g}") for name, value in found["yardsticks"].items()]
+
+
+def _profile_table(name: str, shares: list[dict[str, Any]]) -> tuple[str, Table]:
+    total = sum(share["ms"] for share in shares)
+    rows: Table = [("category", "ms", "share", "kernels")]
+    rows += [
+        (s["category"], f"{s['ms']:.1f}", f"{s['share']:.1%}", str(s["kernels"])) for s in shares
+    ]
+    return f"{name}: {total:.1f} ms of GPU time", rows

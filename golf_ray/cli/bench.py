@@ -25,7 +25,7 @@ from golf_ray.errors import UsageError
 if TYPE_CHECKING:
     from golf_ray.config import Config
 
-EXAMPLES = examples("golf-ray bench train", "golf-ray bench kernels")
+EXAMPLES = examples("golf-ray bench train", "golf-ray bench kernels", "golf-ray bench ttt")
 TRAIN_EXAMPLES = examples(
     "golf-ray bench train",
     "golf-ray bench train --profile --json > today.json",
@@ -37,6 +37,12 @@ KERNEL_EXAMPLES = examples(
     "golf-ray bench kernels",
     "golf-ray bench kernels --set train.micro_batches=16 --no-compiled --json",
 )
+TTT_EXAMPLES = examples(
+    "golf-ray bench ttt",
+    "golf-ray bench ttt --profile --json > today.json",
+    "golf-ray bench ttt --set adaptation.chunk_size=48 --no-start-up",
+    "golf-ray bench ttt --preset laptop --seconds 5",
+)
 
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON document there too.")
@@ -45,9 +51,10 @@ Out = Annotated[
 
 def group() -> typer.Typer:
     """The verbs of `golf-ray bench`."""
-    app = make_group("Measure speed: training, and each kernel.", EXAMPLES)
+    app = make_group("Measure speed: training, test-time training, and each kernel.", EXAMPLES)
     add_verb(app, "train", train, TRAIN_EXAMPLES)
     add_verb(app, "kernels", kernels, KERNEL_EXAMPLES)
+    add_verb(app, "ttt", ttt, TTT_EXAMPLES)
     return app
 
 
@@ -141,6 +148,47 @@ def kernels(
             chosen, compiled=compiled, tell=lambda what: bar.update(what, 0, 0)
         )
     _give(found, out, as_json, report.kernel_rows)
+
+
+def ttt(
+    seconds: Annotated[
+        float, typer.Option(min=1, metavar="S", help="Seconds of documents of mixed lengths.")
+    ] = 12.0,
+    profile: Annotated[
+        bool, typer.Option("--profile", metavar=NO_VALUE, help="Time by category, on a GPU.")
+    ] = False,
+    start_up: Annotated[
+        bool,
+        typer.Option(
+            "--start-up/--no-start-up",
+            metavar=NO_VALUE,
+            help="Time to the first score, in processes of their own: cold, then warm.",
+        ),
+    ] = True,
+    out: Out = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure test-time training: tokens a second by window, the whole set's time, memory.
+
+    Documents are as long as the field's and of random tokens. The record preset where none is
+    named.
+    """
+    chosen = _configuration(preset, config, assignments, None, 1)
+    from golf_ray.bench import report
+
+    with progress_bar() as bar:
+        found = report.bench_ttt(
+            chosen,
+            profile=profile,
+            mixed_s=seconds,
+            start_up=start_up,
+            tell=lambda what: bar.update(what, 0, 0),
+        )
+    _give(found, out, as_json, report.ttt_rows)
 
 
 def _configuration(

@@ -151,6 +151,7 @@ def evaluate(
             progress=scoring,
             quantize_progress=bar.phase,
             on_event=lambda event: bar.say(event.message) if event.kind != "ready" else None,
+            tell=bar.say,
         )
     if per_document is not None:
         _write_documents(per_document, done)

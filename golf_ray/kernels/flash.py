@@ -6,7 +6,8 @@ then work space (eight tensors), or work space alone (five). Both fill buffers t
 which is what is used here.
 
 Shapes: T tokens, N segments, H query heads, G key and value heads, d head dim. Causal inside each
-segment; segment n is rows cu_seqlens[n] to cu_seqlens[n + 1].
+segment; segment n is rows cu_seqlens[n] to cu_seqlens[n + 1]. Where there are fewer queries than
+keys, S in all, the queries of a segment are those of its last rows.
 """
 
 from __future__ import annotations
@@ -44,19 +45,29 @@ class Operators:
     bwd: Any
 
     def forward(
-        self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        q_SHd: Tensor,
+        k_TGd: Tensor,
+        v_TGd: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        queries: tuple[Tensor, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention [T, H, d] and the log of the softmax's denominator, float32 [H, T].
+        """Attention [S, H, d] and the log of the softmax's denominator, float32 [H, S].
 
         Queries, keys and values may be slices of larger tensors; a head is contiguous.
+
+        Args:
+            queries: cu_seqlens and max_seqlen of the queries, where they are fewer than the keys.
         """
+        bounds, longest = queries or (cu_seqlens, max_seqlen)
         found = self.fwd(
-            q_THd,
+            q_SHd,
             k_TGd,
             v_TGd,
-            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_q=bounds,
             cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
+            max_seqlen_q=longest,
             max_seqlen_k=max_seqlen,
             is_causal=True,
             num_splits=1,
@@ -65,30 +76,32 @@ class Operators:
 
     def backward(
         self,
-        dout_THd: Tensor,
-        q_THd: Tensor,
+        dout_SHd: Tensor,
+        q_SHd: Tensor,
         k_TGd: Tensor,
         v_TGd: Tensor,
-        out_THd: Tensor,
-        lse_HT: Tensor,
+        out_SHd: Tensor,
+        lse_HS: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
         into: tuple[Tensor, Tensor, Tensor],
+        queries: tuple[Tensor, int] | None = None,
     ) -> None:
         """Write the gradients of queries, keys and values into three tensors."""
+        bounds, longest = queries or (cu_seqlens, max_seqlen)
         found = self.bwd(
-            dout_THd,
-            q_THd,
+            dout_SHd,
+            q_SHd,
             k_TGd,
             v_TGd,
-            out_THd,
-            lse_HT,
+            out_SHd,
+            lse_HS,
             dq=into[0],
             dk=into[1],
             dv=into[2],
-            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_q=bounds,
             cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
+            max_seqlen_q=longest,
             max_seqlen_k=max_seqlen,
             is_causal=True,
         )
@@ -151,22 +164,46 @@ def required() -> Operators:
 
 
 def flash_attention(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    q_SHd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    queries: tuple[Tensor, int] | None = None,
 ) -> Tensor:
-    """Attention [T, H, d], with gradients."""
-    return _flash(q_THd, k_TGd, v_TGd, cu_seqlens, max_seqlen)[0]
+    """Attention [S, H, d], with gradients; see `Operators.forward`."""
+    return _flash(q_SHd, k_TGd, v_TGd, cu_seqlens, max_seqlen, *(queries or (None, None)))[0]
+
+
+def _of_queries(cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> tuple[Tensor, int] | None:
+    if cu_seqlens_q is None or max_seqlen_q is None:
+        return None
+    return cu_seqlens_q, max_seqlen_q
 
 
 @torch.library.custom_op("golf_ray::flash_attention", mutates_args=())
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return required().forward(q, k, v, cu_seqlens, max_seqlen)
+    queries = _of_queries(cu_seqlens_q, max_seqlen_q)
+    return required().forward(q, k, v, cu_seqlens, max_seqlen, queries)
 
 
 @_flash.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -181,9 +218,12 @@ def _flash_backward(
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     into = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    required().backward(dout.contiguous(), q, k, v, out, lse, cu_seqlens, max_seqlen, into)
+    queries = _of_queries(cu_seqlens_q, max_seqlen_q)
+    required().backward(dout.contiguous(), q, k, v, out, lse, cu_seqlens, max_seqlen, into, queries)
     return into
 
 
@@ -197,21 +237,25 @@ def _(
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, ctx.max_seqlen = inputs
+    q, k, v, cu_seqlens, ctx.max_seqlen, cu_seqlens_q, ctx.max_seqlen_q = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cu_seqlens_q)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    grads = _flash_backward(dout, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen)
-    return *grads, None, None
+    q, k, v, out, lse, cu_seqlens, cu_seqlens_q = ctx.saved_tensors
+    grads = _flash_backward(
+        dout, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, cu_seqlens_q, ctx.max_seqlen_q
+    )
+    return *grads, None, None, None, None
 
 
 _flash.register_autograd(_differentiate, setup_context=_setup)

@@ -39,7 +39,7 @@ def mlp_fused(n_TD: Tensor, up_FD: Tensor, down_DF: Tensor) -> tuple[Tensor, Ten
 
     Shapes that the kernels cannot address go through the twin.
     """
-    if not _fits(n_TD, up_FD):
+    if not fits(n_TD.shape[1], up_FD.shape[0], n_TD.dtype) or not len(n_TD):
         return mlp(n_TD, up_FD, down_DF)
     operands = n_TD.contiguous(), up_FD.contiguous(), down_DF.contiguous()
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
@@ -47,9 +47,23 @@ def mlp_fused(n_TD: Tensor, up_FD: Tensor, down_DF: Tensor) -> tuple[Tensor, Ten
     return y, h
 
 
-def _fits(n_TD: Tensor, up_FD: Tensor) -> bool:
-    (T, D), hidden, size = n_TD.shape, up_FD.shape[0], n_TD.element_size()
-    return T > 0 and D * size % ALIGN_BYTES == 0 and hidden * size % ALIGN_BYTES == 0
+def fits(model_dim: int, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels can address matrices of that width."""
+    return model_dim * dtype.itemsize % ALIGN_BYTES == 0 == hidden * dtype.itemsize % ALIGN_BYTES
+
+
+def forward_fused(
+    n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, *, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [T, D], activation [T, F] and its packed signs, for `input_gradient_fused`."""
+    return _mlp(n_TD.contiguous(), up_FD, down_DF, gradient)
+
+
+def input_gradient_fused(
+    dy_TD: Tensor, n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, h_TF: Tensor, signs: Tensor
+) -> Tensor:
+    """The gradient of n alone, [T, D]: the matrices are not trained."""
+    return _mlp_backward(dy_TD.contiguous(), n_TD, up_FD, down_DF, h_TF, signs, False)[0]
 
 
 def signs_shape(num_rows: int, hidden: int, dtype: torch.dtype) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from golf_ray.errors import ConfigError
 from golf_ray.kernels import flash
-from golf_ray.model.segments import Segments, segment_lengths
+from golf_ray.model.segments import Segments, TailRows, segment_lengths
 
 Backend = Literal["fa3", "varlen", "sdpa"]
 FASTEST_FIRST: tuple[Backend, ...] = ("fa3", "varlen", "sdpa")
@@ -78,12 +78,18 @@ def attend(
     v_TGd: Tensor,
     segments: Segments,
     backend: Backend = "sdpa",
+    tail: TailRows | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, causal and inside each segment; [T, H, d].
 
     With gradients `sdpa` makes each segment a call of its own, or one of a batch where all have one
     length.
+
+    Args:
+        tail: the rows that queries are of; [S, H, d] then, and so is the result.
     """
+    if tail is not None:
+        return _attend_from_tail(q_THd, k_TGd, v_TGd, segments, backend, tail)
     if backend == "fa3":
         return flash.flash_attention(q_THd, k_TGd, v_TGd, segments.cu_seqlens, segments.max_seqlen)
     repeat = q_THd.shape[1] // k_TGd.shape[1]
@@ -94,6 +100,43 @@ def attend(
     if torch.compiler.is_compiling():
         return _sdpa_op(q_THd, k_TGd, v_TGd, segments.cu_seqlens)
     return _by_segments(q_THd, k_TGd, v_TGd, segments.lengths())
+
+
+def _attend_from_tail(
+    q_SHd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    segments: Segments,
+    backend: Backend,
+    tail: TailRows,
+) -> Tensor:
+    if backend == "fa3":
+        bounds, longest = segments.cu_seqlens, segments.max_seqlen
+        queries = tail.cu_seqlens, tail.max_seqlen
+        return flash.flash_attention(q_SHd, k_TGd, v_TGd, bounds, longest, queries)
+    if backend == "varlen":
+        # Which corner its mask starts from is a matter of version where there are fewer queries.
+        full = q_SHd.new_zeros(k_TGd.shape[0], *q_SHd.shape[1:])
+        full = full.index_copy(0, tail.places_S, q_SHd)
+        return tail.of(_varlen_attention(full, k_TGd, v_TGd, segments))
+    repeat = q_SHd.shape[1] // k_TGd.shape[1]
+    if repeat > 1:
+        k_TGd, v_TGd = (t.repeat_interleave(repeat, dim=1) for t in (k_TGd, v_TGd))
+    lengths, counts = segments.lengths(), segment_lengths(tail.cu_seqlens)
+    assert len(lengths) == len(counts), "every segment has a wanted row"
+    if len(set(lengths)) == len(set(counts)) == 1:
+        rows = [t.unflatten(0, (len(lengths), lengths[0])) for t in (k_TGd, v_TGd)]
+        return _sdpa_last(q_SHd.unflatten(0, (len(counts), counts[0])), *rows).flatten(0, 1)
+    pieces = zip(q_SHd.split(counts), k_TGd.split(lengths), v_TGd.split(lengths), strict=True)
+    return torch.cat([_sdpa_last(q[None], k[None], v[None])[0] for q, k, v in pieces])
+
+
+def _sdpa_last(q_NCHd: Tensor, k_NSHd: Tensor, v_NSHd: Tensor) -> Tensor:
+    """The queries of the last C of S rows."""
+    C, S = q_NCHd.shape[1], k_NSHd.shape[1]
+    mask = torch.ones(C, S, dtype=torch.bool, device=q_NCHd.device).tril(S - C)
+    q, k, v = (t.transpose(1, 2) for t in (q_NCHd, k_NSHd, v_NSHd))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 # torch's variable-length attention --------------------------------------------------------------

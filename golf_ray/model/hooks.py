@@ -6,11 +6,15 @@ comes later subclass it; there is never a second copy of the forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Site = Literal["q", "k", "v", "o", "mlp", "head"]
+Mlp = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(n [T, D], up [F, D], down [D, F]) -> output [T, D] and hidden activation [T, F]."""
 
 
 class Hooks:
@@ -36,3 +40,38 @@ class Hooks:
             slot: virtual layer; for the head the number of virtual layers.
         """
         return y_TO
+
+    def linear(
+        self,
+        sites: Sequence[Site],
+        slot: int,
+        x_TI: Tensor,
+        w_OI: Tensor,
+        widths: Sequence[int],
+        source_TI: Tensor | None = None,
+    ) -> Tensor:
+        """x W^T after adaptation, [T, O].
+
+        Args:
+            sites: whose outputs stand side by side in it.
+            widths: output features of each.
+            source_TI: the adapters' input, where it is not x.
+        """
+        y = nn.functional.linear(x_TI, w_OI)
+        if not any(self.adapts(site, slot) for site in sites):
+            return y
+        source = x_TI if source_TI is None else source_TI
+        pieces = zip(sites, y.split(tuple(widths), dim=1), strict=True)
+        adapted = [self.adapt(site, slot, source, piece) for site, piece in pieces]
+        return adapted[0] if len(adapted) == 1 else torch.cat(adapted, 1)
+
+    def mlp(
+        self, slot: int, n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, mlp: Mlp
+    ) -> tuple[Tensor, Tensor]:
+        """The MLP's output after adaptation, and its hidden activation.
+
+        Args:
+            mlp: how to compute it without adapters.
+        """
+        y, h_TF = mlp(n_TD, up_FD, down_DF)
+        return self.adapt("mlp", slot, n_TD, y), h_TF

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from golf_ray.kernels.heads import (
     attention_fused,
     prepare,
     remove_own_value,
+    rms_norm,
     rotary_tables,
+    rotate,
     split_heads,
 )
 from golf_ray.kernels.loss import cross_entropy, cross_entropy_fused, head_losses_fused, softcap
@@ -34,7 +37,7 @@ from golf_ray.model.layout import VirtualLayer, layer_plan
 from golf_ray.model.mixing import Entry, coefficients, factor_rows, recipe
 from golf_ray.model.parameters import initial_state, tensor_specs
 from golf_ray.model.parts import Pass, overriding, resolve_parts
-from golf_ray.model.segments import Segments
+from golf_ray.model.segments import Segments, TailRows
 
 NO_HOOKS = Hooks()
 INDEX_BUFFERS = {False: "mixing_index", True: "mixing_index_looping"}
@@ -109,7 +112,13 @@ class GolfModel(nn.Module):
     # The passes -------------------------------------------------------------------------------
 
     def hidden(
-        self, tokens_T: Tensor, segments: Segments, *, loop: bool, hooks: Hooks | None = None
+        self,
+        tokens_T: Tensor,
+        segments: Segments,
+        *,
+        loop: bool,
+        hooks: Hooks | None = None,
+        tail: TailRows | None = None,
     ) -> Tensor:
         """The final normed hidden states [T, D].
 
@@ -118,8 +127,12 @@ class GolfModel(nn.Module):
             segments: what may attend to what.
             loop: whether the looped layers are passed more than once.
             hooks: adapters or taps.
+            tail: the rows wanted, [S, D] then: of all other rows the last layer computes nothing
+                but keys and values.
         """
         hooks = hooks or NO_HOOKS
+        # Parts see whole buffers.
+        pruned = tail if not self.parts else None
         run = self._pass(tokens_T, segments, hooks)
         matrices = self._matrices()
         rotary = rotary_tables(segments.positions_T, self.config.rope_dims, self.config.rope_base)
@@ -140,17 +153,21 @@ class GolfModel(nn.Module):
             mixed = self._mix([*stream, *entering, *embedding], entry, table, run)
             if entry.keeps:
                 kept.append(mixed.pop(0))
+            *others, attention_input = mixed
+            attention, last_rows = self._attention, pruned if step is plan[-1] else None
+            if last_rows is not None:
+                attention = partial(self._attention_of_tail, last_rows)
+                others = [last_rows.of(x) for x in others]
+            a = attention(attention_input, step, matrices, rotary, run, hooks)
             if after is None:
-                lane0, lane1, mlp_input, attention_input = mixed
-                a = self._attention(attention_input, step, matrices, rotary, run, hooks)
+                lane0, lane1, mlp_input = others
                 stream = [lane0, lane1, a, self._mlp(mlp_input, step, matrices, run, hooks)]
             else:
-                u, attention_input = mixed
-                a = self._attention(attention_input, step, matrices, rotary, run, hooks)
+                (u,) = others
                 y, mlp_input = self._mix([u, a], after, of_attention.pop(0), run)
                 stream = [y, self._mlp(mlp_input, step, matrices, run, hooks)]
         (x,) = self._mix(stream, steps.last, tables[-1], run)
-        return x
+        return x if tail is None or pruned is not None else tail.of(x)
 
     def logits(self, x_TD: Tensor, hooks: Hooks | None = None) -> Tensor:
         """Softcapped logits [T, V] in float32 of final normed hidden states."""
@@ -271,8 +288,9 @@ class GolfModel(nn.Module):
                 y_THd = remove_own_value(y_THd, v_TGd)
         for part in overriding(self.parts, "attention_output"):
             y_THd = part.attention_output(y_THd, n_TD, i, run)
-        y = self._linear(name + "proj.weight", y_THd.flatten(1), matrices.out[i], hooks)
-        return hooks.adapt("o", step.slot, n_TD, y)
+        heads = y_THd.flatten(1)
+        hooks.matrix_input(name + "proj.weight", heads)
+        return hooks.linear(("o",), step.slot, heads, matrices.out[i], (config.model_dim,), n_TD)
 
     def _queries_keys_values(
         self, n_TD: Tensor, step: VirtualLayer, w_WD: Tensor, hooks: Hooks
@@ -280,17 +298,36 @@ class GolfModel(nn.Module):
         """The merged projection [T, W], adapters on its parts included."""
         for letter in "qkv":
             hooks.matrix_input(f"blocks.{step.layer}.attn.c_{letter}.weight", n_TD)
-        qkv = nn.functional.linear(n_TD, w_WD)
-        if not any(hooks.adapts(site, step.slot) for site in ("q", "k", "v")):
-            return qkv
         widths = (self.config.model_dim, self.config.kv_dim, self.config.kv_dim)
-        q, k, v = qkv.split(widths, dim=1)
-        adapted = (
-            hooks.adapt("q", step.slot, n_TD, q),
-            hooks.adapt("k", step.slot, n_TD, k),
-            hooks.adapt("v", step.slot, n_TD, v),
+        return hooks.linear(("q", "k", "v"), step.slot, n_TD, w_WD, widths)
+
+    def _attention_of_tail(
+        self,
+        tail: TailRows,
+        n_TD: Tensor,
+        step: VirtualLayer,
+        matrices: Matrices,
+        rotary: tuple[Tensor, Tensor],
+        run: Pass,
+        hooks: Hooks,
+    ) -> Tensor:
+        """`_attention` for the wanted rows [S, D]: keys and values of all, the rest of those."""
+        config, i, slot = self.config, step.layer, step.slot
+        D, kv, d = config.model_dim, config.kv_dim, config.head_dim
+        w_WD = matrices.qkv[i]
+        n_SD = tail.of(n_TD)
+        q = hooks.linear(("q",), slot, n_SD, w_WD[:D], (D,)).unflatten(1, (-1, d))
+        k, v = (
+            t.unflatten(1, (-1, d))
+            for t in hooks.linear(("k", "v"), slot, n_TD, w_WD[D:], (kv, kv)).split(kv, dim=1)
         )
-        return torch.cat(adapted, 1)
+        gain = self.weight(f"blocks.{i}.attn.q_gain")
+        q = rotate(rms_norm(q), *(tail.of(t) for t in rotary)) * gain[:, None]
+        k = rotate(rms_norm(k), *rotary)
+        y_SHd = attend(q, k, v, run.segments, self.compute.attention, tail)
+        if i >= config.num_layers - config.xsa_last_n:
+            y_SHd = remove_own_value(y_SHd, tail.of(v))
+        return hooks.linear(("o",), slot, y_SHd.flatten(1), matrices.out[i], (D,), n_SD)
 
     def _mlp(
         self, n_TD: Tensor, step: VirtualLayer, matrices: Matrices, run: Pass, hooks: Hooks
@@ -298,9 +335,8 @@ class GolfModel(nn.Module):
         i = step.layer
         product = mlp_fused if self.compute.kernels == "triton" else mlp
         hooks.matrix_input(f"blocks.{i}.mlp.fc.weight", n_TD)
-        y, h_TF = product(n_TD, matrices.up[i], matrices.down[i])
+        y, h_TF = hooks.mlp(step.slot, n_TD, matrices.up[i], matrices.down[i], product)
         hooks.matrix_input(f"blocks.{i}.mlp.proj.weight", h_TF)
-        y = hooks.adapt("mlp", step.slot, n_TD, y)
         for part in overriding(self.parts, "mlp_output"):
             y = part.mlp_output(y, n_TD, i, run)
         return y
@@ -322,5 +358,8 @@ class GolfModel(nn.Module):
 
     def _raw_logits(self, x_TD: Tensor, hooks: Hooks) -> Tensor:
         name = self._head_name
-        z_TV = self._linear(name, self._head_input(x_TD, hooks), self.weight(name), hooks)
-        return hooks.adapt("head", self._head_slot, x_TD, z_TV)
+        x_TE = self._head_input(x_TD, hooks)
+        hooks.matrix_input(name, x_TE)
+        w_VE, widths = self.weight(name), (self.config.vocab_size,)
+        source = None if x_TE is x_TD else x_TD
+        return hooks.linear(("head",), self._head_slot, x_TE, w_VE, widths, source)

@@ -66,6 +66,33 @@ class Segments:
         return segment_lengths(self.cu_seqlens)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TailRows:
+    """The last rows of each segment, where only those of a pass's outputs are wanted."""
+
+    places_S: Tensor
+    """int64 [S]: the rows, in order."""
+    cu_seqlens: Tensor
+    """int32 [N + 1]: how the S rows fall to segments, as `Segments.cu_seqlens` says of all rows."""
+    max_seqlen: int
+    """Most wanted rows of a segment, or more."""
+
+    @staticmethod
+    def of_counts(lengths: Sequence[int], counts: Sequence[int]) -> TailRows:
+        """The last `counts[n]` of the `lengths[n]` rows of each segment, on the CPU."""
+        assert all(0 <= c <= n for c, n in zip(counts, lengths, strict=True))
+        ends = itertools.accumulate(lengths)
+        places = [torch.arange(e - c, e) for e, c in zip(ends, counts, strict=True)]
+        bounds = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+        return TailRows(
+            places_S=torch.cat(places), cu_seqlens=bounds, max_seqlen=max(counts, default=0)
+        )
+
+    def of(self, x_TD: Tensor) -> Tensor:
+        """Those rows of a tensor."""
+        return x_TD.index_select(0, self.places_S)
+
+
 def segment_lengths(cu_seqlens: Tensor) -> list[int]:
     """Lengths of the segments that are not empty; waits for the device."""
     return [b - a for a, b in itertools.pairwise(cu_seqlens.tolist()) if b > a]

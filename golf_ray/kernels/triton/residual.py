@@ -59,15 +59,17 @@ def _mix(
 
 @triton.jit
 def _mix_backward(
-    inputs, grads, outputs, coefs, partial, num_rows,
-    ROW: tl.constexpr, KEPT: tl.constexpr, NORMED: tl.constexpr, SCALE: tl.constexpr,
+    saved, grads, outputs, coefs, partial, num_rows,
+    ROW: tl.constexpr, TENSOR: tl.constexpr, MIX: tl.constexpr,
+    KEPT: tl.constexpr, NORMED: tl.constexpr, SCALE: tl.constexpr,
     WANTED: tl.constexpr, NUM_COEFS: tl.constexpr, COEF_GRADS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the tensors, and this program's sums over rows for the coefficients.
 
-    A mix is computed again from the tensors, which have to be read for the coefficients anyway.
-    Rows come one by one, the next ones on their way while one is worked on.
+    A normed mix is read where it is saved, MIX, and otherwise computed again from the tensors: for
+    the coefficients those have to be read anyway. Rows come one by one, the next ones on their way
+    while one is worked on.
     """
     cols = tl.arange(0, BLOCK_D)
     inside = cols < D
@@ -80,8 +82,12 @@ def _mix_backward(
         place = tl.cast(t, tl.int64) * D + cols
         xs = ()
         dxs = ()
-        for i in tl.static_range(len(inputs)):
-            xs = xs + (tl.load(inputs[i] + place, mask=inside, other=0.0).to(tl.float32),)
+        for i in tl.static_range(len(WANTED)):
+            if TENSOR[i] >= 0:
+                x = tl.load(saved[TENSOR[i]] + place, mask=inside, other=0.0).to(tl.float32)
+            else:
+                x = tl.zeros((BLOCK_D,), tl.float32)
+            xs = xs + (x,)
             dxs = dxs + (tl.zeros((BLOCK_D,), tl.float32),)
         for m in tl.static_range(len(KEPT)):
             dmix = tl.zeros((BLOCK_D,), tl.float32)
@@ -89,19 +95,23 @@ def _mix_backward(
                 dmix += tl.load(grads[KEPT[m]] + place, mask=inside, other=0.0).to(tl.float32)
             if NORMED[m] >= 0:
                 mix = tl.zeros((BLOCK_D,), tl.float32)
-                for i in tl.static_range(len(inputs)):
-                    if ROW[m * len(inputs) + i] >= 0:
-                        mix += coef[ROW[m * len(inputs) + i]] * xs[i]
+                if MIX[m] >= 0:
+                    mix += tl.load(saved[MIX[m]] + place, mask=inside, other=0.0).to(tl.float32)
+                else:
+                    for i in tl.static_range(len(WANTED)):
+                        if ROW[m * len(WANTED) + i] >= 0:
+                            mix += coef[ROW[m * len(WANTED) + i]] * xs[i]
                 dnormed = tl.load(grads[NORMED[m]] + place, mask=inside, other=0.0).to(tl.float32)
                 rstd = tl.rsqrt(tl.sum(mix * mix) / D + NORM_EPS)
                 along = tl.sum(dnormed * mix) * rstd * rstd / D
                 dmix += SCALE[m] * rstd * (dnormed - along * mix)
-            for i in tl.static_range(len(inputs)):
-                if ROW[m * len(inputs) + i] >= 0:
-                    dxs = _added(dxs, i, coef[ROW[m * len(inputs) + i]] * dmix)
-                    if COEF_GRADS:
-                        sums = _added(sums, ROW[m * len(inputs) + i], xs[i] * dmix)
-        for i in tl.static_range(len(inputs)):
+            if KEPT[m] >= 0 or NORMED[m] >= 0:
+                for i in tl.static_range(len(WANTED)):
+                    if ROW[m * len(WANTED) + i] >= 0:
+                        dxs = _added(dxs, i, coef[ROW[m * len(WANTED) + i]] * dmix)
+                        if COEF_GRADS:
+                            sums = _added(sums, ROW[m * len(WANTED) + i], xs[i] * dmix)
+        for i in tl.static_range(len(WANTED)):
             if WANTED[i] >= 0:
                 out = outputs[WANTED[i]]
                 tl.store(out + place, dxs[i].to(out.dtype.element_ty), mask=inside)
@@ -185,36 +195,46 @@ def forward(
 
 
 def backward(
-    tensors: Sequence[Tensor],
+    saved: Sequence[Tensor],
     grads: Sequence[Tensor],
     coefs_KD: Tensor,
     rows: Sequence[int],
+    tensors: Sequence[int],
+    mixes: Sequence[int],
     kept: Sequence[int],
     normed: Sequence[int],
     scales: Sequence[float],
-    wanted: Sequence[int],
+    results: Sequence[int],
+    num_results: int,
     coef_grads: bool,
-) -> tuple[list[Tensor], Tensor]:
+) -> list[Tensor]:
     """Launch the backward.
 
     Args:
-        wanted: place of each tensor's gradient among those that are asked for, -1 for none.
-        coef_grads: whether the coefficients' gradient is asked for.
+        saved: tensors and combinations.
+        grads: of outputs, at least one.
+        tensors, mixes: place of each tensor and of each combination in `saved`, -1 for none.
+        kept, normed: place of the gradients of each mix's outputs in `grads`, -1 for none.
+        results: place of each tensor's gradient among those that are asked for, -1 for none.
+        coef_grads: whether the coefficients' gradient is asked for; takes all tensors.
 
     Returns:
-        gradients of the wanted tensors, and [K, D] of the coefficients (empty where not asked for).
+        gradients of the tensors that are asked for, then [K, D] of the coefficients if it is.
     """
-    T, D = tensors[0].shape
+    T, D = grads[0].shape
     K = coefs_KD.shape[0]
-    outputs = [torch.empty_like(t) for t, place in zip(tensors, wanted, strict=True) if place >= 0]
+    outputs = [torch.empty_like(grads[0]) for _ in range(num_results)]
     block_D = triton.next_power_of_2(D)
     programs = max(1, min(T, PROGRAMS_AN_SM * num_sms(coefs_KD.device)))
-    shape = (programs, K, D) if coef_grads else (0, K, D)
-    partial_PKD = torch.empty(shape, dtype=torch.float32, device=coefs_KD.device)
+    # A pointer that is not followed, where there are no sums.
+    partial_PKD = coefs_KD
+    if coef_grads:
+        partial_PKD = coefs_KD.new_empty((programs, K, D), dtype=torch.float32)
     _mix_backward[(programs,)](
-        tuple(tensors), tuple(grads), tuple(outputs), coefs_KD, partial_PKD, T,
-        ROW=tuple(rows), KEPT=tuple(kept), NORMED=tuple(normed), SCALE=tuple(scales),
-        WANTED=tuple(wanted), NUM_COEFS=K, COEF_GRADS=coef_grads,
+        tuple(saved or grads), tuple(grads), tuple(outputs), coefs_KD, partial_PKD, T,
+        ROW=tuple(rows), TENSOR=tuple(tensors), MIX=tuple(mixes),
+        KEPT=tuple(kept), NORMED=tuple(normed), SCALE=tuple(scales),
+        WANTED=tuple(results), NUM_COEFS=K, COEF_GRADS=coef_grads,
         D=D, BLOCK_D=block_D, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
-    return outputs, partial_PKD.sum(0)
+    return [*outputs, partial_PKD.sum(0)] if coef_grads else outputs
