@@ -17,24 +17,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from evaluators.ledger import Ledger, missing
 from evaluators.packed import Progress, packed_bounds, score_batch
 from evaluators.pool import PoolEvent, PoolReport, WorkPool
 from evaluators.result import EvaluationResult, Method, Weights
 from evaluators.sampling import Estimate
 from evaluators.scheduling import Unit
 from evaluators.sliding import score_windows, window_batches
-from evaluators.ttt import choose_documents, estimate_whole, require_predictions, total_of
-from golf_ray.adaptation.engine import (
-    AdapterInit,
-    Document,
-    DocumentScore,
-    Engine,
-    group_documents,
+from evaluators.ttt import (
+    choose_documents,
+    estimate_whole,
+    kept_scores,
+    require_predictions,
+    total_of,
 )
+from golf_ray.adaptation.engine import AdapterInit, Engine, group_documents
+from golf_ray.adaptation.scores import Document, DocumentScore
 from golf_ray.config import Config
 from golf_ray.data.documents import cut_tokens
 from golf_ray.data.tokenizer import ByteTables
-from golf_ray.errors import ClusterError
+from golf_ray.errors import ClusterError, EvaluationFailed
 from golf_ray.metric import Score, total
 from golf_ray.model.arrays import Arrays, arrays_of, tensors_of
 from golf_ray.model.checkpoint import build_model
@@ -140,6 +142,7 @@ def evaluate_on_ray(
     progress: Progress | None = None,
     on_event: Callable[[PoolEvent], None] | None = None,
     on_report: Callable[[PoolReport], None] | None = None,
+    ledger: Ledger | None = None,
 ) -> EvaluationResult:
     """Evaluate weights on a validation stream with actors of the connected cluster.
 
@@ -148,6 +151,8 @@ def evaluate_on_ray(
         num_actors: None for `config.cluster.eval_actors`; never more than there are units.
         on_event: told of actors that become ready or are lost.
         on_report: told at the end how the pool's work went.
+        ledger: for `ttt`: what is in it is not scored again, and every unit goes there before it
+            counts.
         tokens, tables, weights, documents, adapter_init, keep_token_nats, progress: as for
             `evaluators.result.evaluate`.
 
@@ -155,12 +160,13 @@ def evaluate_on_ray(
         DataError: there is nothing to score.
         EvaluationFailed: not everything could be scored; there is no score then.
         ClusterError: no actor could be started.
+        StorageError: the ledger cannot be written.
     """
     cluster = config.cluster
     device = cluster.device
     if device == "auto":
         device = "cuda" if cluster.gpus_per_worker > 0 else "cpu"
-    work = _work(config, method, tokens, documents)
+    work = _work(config, method, tokens, documents, ledger, keep_token_nats)
     setup = EvaluationSetup(
         config=config, method=method, device=device, keep_token_nats=keep_token_nats
     )
@@ -168,7 +174,9 @@ def evaluate_on_ray(
     if cluster.gpus_per_worker:
         bundle["GPU"] = cluster.gpus_per_worker
     adapters = None if adapter_init is None else arrays_of(_by_text(adapter_init))
-    watch = _Watch(work, progress)
+    watch = _Watch(work, progress, ledger)
+    if not work.units:
+        return _result(method, weights, work, {}, 0.0, config, tables, documents)
     with WorkPool[Any, Any](
         EvaluationWorker,
         (setup, arrays_of(state), np.asarray(work.tokens), tables, adapters),
@@ -178,24 +186,59 @@ def evaluate_on_ray(
         start_timeout_s=cluster.start_timeout_s,
         on_event=on_event,
     ) as pool:
-        results, report = pool.run(work.units, describe=work.describe, on_result=watch.scored)
+        try:
+            results, report = pool.run(work.units, describe=work.describe, on_result=watch.scored)
+        except EvaluationFailed as error:
+            raise _incomplete(error, work, ledger) from error
     if on_report is not None:
         on_report(report)
+    return _result(method, weights, work, results, report.wall_s, config, tables, documents)
+
+
+def _incomplete(error: EvaluationFailed, work: _Units, ledger: Ledger | None) -> EvaluationFailed:
+    """The error with what is missing, where what is scored is kept."""
+    if ledger is None:
+        return error
+    left = [
+        document
+        for unit in work.units.values()
+        for document in unit
+        if document.index not in ledger.scores
+    ]
+    tokens = sum(document.num_predictions for document in left)
+    return EvaluationFailed(
+        f"{error.problem}; {len(left):,} of {work.count:,} documents with {tokens:,} tokens are "
+        "missing",
+        f"{error.remedy}; the others are kept in {ledger.uri}, and the same command goes on",
+    )
+
+
+def _result(
+    method: Method,
+    weights: Weights,
+    work: _Units,
+    results: Mapping[Unit, Any],
+    seconds: float,
+    config: Config,
+    tables: ByteTables,
+    documents: Sequence[Document] | None,
+) -> EvaluationResult:
     parts = [results[unit] for unit in work.units]
     scores: tuple[DocumentScore, ...] | None = None
     estimate: Estimate | None = None
     if method == "ttt":
-        scores = tuple(sorted((s for part in parts for s in part), key=lambda s: s.index))
+        found = [*work.kept, *(s for part in parts for s in part)]
+        scores = tuple(sorted(found, key=lambda s: s.index))
         score = total_of(scores)
         if documents is None:
-            estimate = estimate_whole(scores, tokens, tables, config.adaptation)
+            estimate = estimate_whole(scores, work.tokens, tables, config.adaptation)
     else:
         score = total(parts)
     return EvaluationResult(
         method=method,
         weights=weights,
         score=score,
-        seconds=report.wall_s,
+        seconds=seconds,
         documents=scores,
         estimate=estimate,
     )
@@ -210,6 +253,8 @@ class _Units:
     describe: Callable[[Unit], str]
     count: int
     """What progress counts: documents for `ttt`, units else."""
+    kept: Sequence[DocumentScore] = ()
+    """Scores of a ledger, of documents that are in no unit."""
 
 
 def _work(
@@ -217,19 +262,24 @@ def _work(
     method: Method,
     tokens: NDArray[np.integer],
     documents: Sequence[Document] | None,
+    ledger: Ledger | None,
+    keep_token_nats: bool,
 ) -> _Units:
     evaluation = config.evaluation
     if method == "ttt":
         documents = choose_documents(tokens, config.adaptation) if documents is None else documents
         require_predictions(documents)
-        groups: dict[Unit, Sequence[Document]] = dict(
-            enumerate(group_documents(documents, config.adaptation))
+        todo = missing(
+            group_documents(documents, config.adaptation), ledger, token_nats=keep_token_nats
         )
+        groups: dict[Unit, Sequence[Document]] = dict(enumerate(todo))
+        doing = {document.index for group in todo for document in group}
         return _Units(
             units=groups,
             tokens=tokens,
             describe=lambda unit: _name(groups[unit]),
             count=len(documents),
+            kept=kept_scores(documents, doing, ledger),
         )
     cut = cut_tokens(tokens, evaluation.seq_len)
     batches: Sequence[Any] = (
@@ -257,13 +307,14 @@ def _by_text(adapter_init: AdapterInit) -> dict[str, Tensor]:
 
 
 class _Watch:
-    """Turns results of units into progress."""
+    """Turns results of units into progress; what is kept is kept first."""
 
-    def __init__(self, work: _Units, progress: Progress | None) -> None:
+    def __init__(self, work: _Units, progress: Progress | None, ledger: Ledger | None) -> None:
         self._work = work
         self._progress = progress
-        self._done = 0
-        self._running = Score.zero()
+        self._ledger = ledger
+        self._done = len(work.kept)
+        self._running = total_of(work.kept)
 
     def scored(self, unit: Unit, result: Any) -> None:
         """A unit has its result."""
@@ -271,6 +322,8 @@ class _Watch:
             self._done += 1
             self._running += result
         else:
+            if self._ledger is not None:
+                self._ledger.add(result)
             self._done += len(result)
             for score in result:
                 self._running += score.score

@@ -14,11 +14,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.ledger import Ledger
 from evaluators.packed import Progress, score_packed
 from evaluators.sampling import Estimate
 from evaluators.sliding import score_sliding
 from evaluators.ttt import estimate_whole, score_documents, total_of
-from golf_ray.adaptation.engine import AdapterInit, Document, DocumentScore, Tell
+from golf_ray.adaptation.engine import AdapterInit, Tell
+from golf_ray.adaptation.scores import Document, DocumentScore
 from golf_ray.config import Config
 from golf_ray.data.tokenizer import ByteTables
 from golf_ray.metric import Score
@@ -89,6 +91,7 @@ def evaluate(
     keep_token_nats: bool = False,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    ledger: Ledger | None = None,
 ) -> EvaluationResult:
     """Evaluate a model on a validation stream in this process.
 
@@ -104,6 +107,7 @@ def evaluate(
         keep_token_nats: for `ttt`, keep every loss.
         progress: told of every batch (packed, sliding) or document (ttt).
         tell: for `ttt`, told how many documents are taken at a time, and of a lack of memory.
+        ledger: for `ttt`, what is kept between runs.
 
     Raises:
         DataError: there is nothing to score.
@@ -115,7 +119,7 @@ def evaluate(
         scores = score_documents(
             model, tokens, tables, config.adaptation, documents=documents,
             adapter_init=adapter_init, keep_token_nats=keep_token_nats, progress=progress,
-            tell=tell,
+            tell=tell, ledger=ledger,
         )  # fmt: skip
         score = total_of(scores)
         if documents is None:

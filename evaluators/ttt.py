@@ -8,26 +8,26 @@ Invariant: scores come back in document order, one for every document asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluators.ledger import Ledger, missing
 from evaluators.packed import Progress
 from evaluators.sampling import Estimate, Sample, draw_sample, estimate
-from golf_ray.adaptation.engine import (
-    AdapterInit,
-    Document,
-    DocumentScore,
-    Tell,
-    adapt_documents,
-)
+from golf_ray.adaptation.engine import AdapterInit, Tell, adapt_groups, group_documents
+from golf_ray.adaptation.scores import Document, DocumentScore
 from golf_ray.config import AdaptationConfig
 from golf_ray.data.documents import document_bounds, document_bytes, sample_documents
 from golf_ray.data.tokenizer import ByteTables
 from golf_ray.errors import DataError
 from golf_ray.metric import Score, total
 from golf_ray.model.model import GolfModel
+
+KEEP_S = 5.0
+"""Seconds of work that a killed process loses at most, beside what is half-way through."""
 
 
 def choose_documents(
@@ -92,6 +92,7 @@ def score_documents(
     keep_token_nats: bool = False,
     progress: Progress | None = None,
     tell: Tell | None = None,
+    ledger: Ledger | None = None,
 ) -> tuple[DocumentScore, ...]:
     """Adapt to and score documents, one by one and each from scratch.
 
@@ -100,26 +101,50 @@ def score_documents(
         adapter_init: A by input width in place of the random ones.
         keep_token_nats: keep every loss in the scores.
         tell: told how many documents are taken at a time, and of a lack of memory.
+        ledger: what is in it is not scored again, and what is scored goes there.
 
     Returns:
         Scores in document order.
 
     Raises:
         DataError: there is nothing to score.
+        StorageError: the ledger cannot be written.
     """
     documents = choose_documents(tokens, adaptation) if documents is None else documents
     require_predictions(documents)
-    scores: list[DocumentScore] = []
-    running = Score.zero()
-    for score in adapt_documents(
-        model, tokens, documents, adaptation, tables=tables, adapter_init=adapter_init,
-        keep_token_nats=keep_token_nats, tell=tell,
-    ):  # fmt: skip
-        scores.append(score)
-        running += score.score
-        if progress is not None:
-            progress(len(scores), len(documents), running)
-    return tuple(sorted(scores, key=lambda score: score.index))
+    groups = missing(group_documents(documents, adaptation), ledger, token_nats=keep_token_nats)
+    doing = {document.index for group in groups for document in group}
+    found = kept_scores(documents, doing, ledger)
+    running = total_of(found)
+    unkept: list[DocumentScore] = []
+    kept_s = time.monotonic()
+    try:
+        for score in adapt_groups(
+            model, tokens, groups, adaptation, tables=tables, adapter_init=adapter_init,
+            keep_token_nats=keep_token_nats, tell=tell,
+        ):  # fmt: skip
+            found.append(score)
+            unkept.append(score)
+            running += score.score
+            if ledger is not None and time.monotonic() - kept_s > KEEP_S:
+                ledger.add(unkept)
+                unkept, kept_s = [], time.monotonic()
+            if progress is not None:
+                progress(len(found), len(documents), running)
+    finally:
+        # Whatever ends it: what is scored is not scored again.
+        if ledger is not None:
+            ledger.add(unkept)
+    return tuple(sorted(found, key=lambda score: score.index))
+
+
+def kept_scores(
+    documents: Sequence[Document], doing: Set[int], ledger: Ledger | None
+) -> list[DocumentScore]:
+    """What a ledger has of the documents that are not scored anew."""
+    if ledger is None:
+        return []
+    return [ledger.scores[d.index] for d in documents if d.index not in doing]
 
 
 def require_predictions(documents: Sequence[Document]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from golf_ray.adaptation.engine import Document
+from golf_ray.adaptation.scores import Document
 from golf_ray.config import AdaptationConfig, ModelConfig
 from golf_ray.data.documents import document_bounds
 from golf_ray.data.shards import BOS_ID

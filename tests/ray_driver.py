@@ -2,6 +2,7 @@
 
     python ray_driver.py connect NOTES
     python ray_driver.py train NOTES RUN_DIR CONFIG.json
+    python ray_driver.py evaluate NOTES LEDGER CONFIG.json
 
 NOTES is written when a local cluster is up: its processes' ids and its folder.
 """
@@ -39,6 +40,25 @@ def main() -> None:
 
             config = Config.from_json(Path(sys.argv[4]).read_text())
             train_on_ray(config, sys.argv[3], shards=TRAIN_SHARDS)
+        elif verb == "evaluate":
+            from reference import TOKENIZER, VAL_SHARDS, final_state
+
+            from evaluators.ledger import Ledger
+            from evaluators.ray_evaluation import evaluate_on_ray
+            from golf_ray.data.shards import load_tokens
+            from golf_ray.data.tokenizer import byte_tables
+
+            evaluate_on_ray(
+                final_state(),
+                Config.from_json(Path(sys.argv[4]).read_text()),
+                "ttt",
+                tokens=load_tokens(VAL_SHARDS, 512),
+                tables=byte_tables(TOKENIZER, 512),
+                weights="full",
+                num_actors=2,
+                keep_token_nats=True,
+                ledger=Ledger(sys.argv[3], {"weights": "tiny"}),
+            )
         elif "--wait" in sys.argv:
             time.sleep(600)
     print(json.dumps({"ended": True}))

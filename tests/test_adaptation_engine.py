@@ -31,16 +31,11 @@ from torch import Tensor
 from golf_ray.adaptation import engine as engine_module
 from golf_ray.adaptation.adapters import AdapterBank, AdapterLayout, adapter_slots
 from golf_ray.adaptation.batches import Batch, HostBatch, Shape
-from golf_ray.adaptation.engine import (
-    Document,
-    DocumentScore,
-    Engine,
-    adapt_documents,
-    group_documents,
-)
+from golf_ray.adaptation.engine import Engine, adapt_documents, group_documents
 from golf_ray.adaptation.packing import Budget, Step
 from golf_ray.adaptation.philox import adapter_a
 from golf_ray.adaptation.plan import chunk_at
+from golf_ray.adaptation.scores import Document, DocumentScore
 from golf_ray.config import AdaptationConfig
 from golf_ray.errors import EvaluationFailed
 from golf_ray.model.hooks import Hooks, Site

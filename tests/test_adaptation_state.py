@@ -15,8 +15,9 @@ import pytest
 import torch
 from adaptation_cases import ADAPTATION, TABLES, documents_of, small_model, stream
 
-from golf_ray.adaptation.engine import Document, DocumentScore, Engine
+from golf_ray.adaptation.engine import Engine
 from golf_ray.adaptation.packing import Budget, Step
+from golf_ray.adaptation.scores import Document, DocumentScore
 from golf_ray.adaptation.state import MAGIC, DocumentState
 from golf_ray.config import AdaptationConfig
 from golf_ray.errors import CheckpointError, GolfRayError, UsageError

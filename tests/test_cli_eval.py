@@ -67,6 +67,25 @@ def test_ttt_with_the_stored_adapters_gives_the_stored_value() -> None:
     assert data["tokens_scored"] == 882 and data["documents_scored"] == 14
 
 
+def test_a_ledger_goes_on_and_belongs_to_one_evaluation(tmp_path: Path) -> None:
+    ledger = tmp_path / "ledger"
+    argv = ["eval", FULL, *UPSTREAM, "--method", "ttt", "--json", "--ledger", ledger]
+    first, second = golf_ray(*argv), golf_ray(*argv)
+    assert "14 documents are in" in second.err and "documents are in" not in first.err
+    assert second.json["val_bpb"] == first.json["val_bpb"]
+    assert second.json["seconds"] < first.json["seconds"]
+    # A sample of documents is a part of the same evaluation.
+    sample = golf_ray(*argv, "--sample", "6")
+    assert "14 documents are in" in sample.err and sample.json["documents_scored"] == 6
+    header = json.loads((ledger / "header.json").read_text())
+    assert header["adaptation"]["chunk_size"] == 16 and header["weights_kind"] == "full"
+    other = golf_ray(*argv, "--set", "adaptation.chunk_size=8")
+    assert other.status == 2 and other.out == ""
+    assert "adaptation.chunk_size is 16 there and 8 here" in other.error
+    int6 = golf_ray("eval", INT6, *argv[2:])
+    assert int6.status == 2 and "weights_kind is full there and int6 here" in int6.error
+
+
 def test_ttt_says_the_same_twice_and_by_document(tmp_path: Path) -> None:
     argv = ["eval", FULL, *UPSTREAM, "--method", "ttt", "--json"]
     first = golf_ray(*argv, "--per-document", tmp_path / "documents.jsonl").json
@@ -262,6 +281,7 @@ def test_nothing_quantised_is_said(tmp_path: Path, own: Path) -> None:
         (["eval", FULL, *UPSTREAM, "--artifact", "a.ptz"], 2, "add --quantize"),
         (["eval", FULL, *UPSTREAM, "--per-document", "a"], 2, "add --method ttt"),
         (["eval", FULL, *UPSTREAM, "--sample", "5"], 2, "add --method ttt"),
+        (["eval", FULL, *UPSTREAM, "--ledger", "l"], 2, "add --method ttt"),
         ([*TTT, "--sample", "1"], 2, "sample_documents = 1 is not allowed; it must be at least 2"),
         ([*TTT, "--sample", "5", "--set", FRACTION], 2, "document_fraction 1 in place of 0.5"),
         (["eval", FULL, *UPSTREAM, "--address", "auto"], 2, "add --workers N"),

@@ -13,7 +13,7 @@ from reference import FOLDER, TOKENIZER, VAL_SHARDS, arrays, tiny_model
 
 from evaluators.ttt import choose_documents, score_documents, total_of
 from golf_ray.adaptation.adapters import adapter_slots, read_adapter_init
-from golf_ray.adaptation.engine import Document, DocumentScore
+from golf_ray.adaptation.scores import Document, DocumentScore
 from golf_ray.config import AdaptationConfig
 from golf_ray.data.shards import BOS_ID, load_tokens
 from golf_ray.data.tokenizer import byte_tables

@@ -15,11 +15,12 @@ from reference import TOKENIZER, VAL_SHARDS, final_state
 
 from evaluators.ttt import choose_documents
 from golf_ray.adaptation.adapters import AdapterBank, AdapterLayout, adapter_slots
-from golf_ray.adaptation.engine import DocumentScore, Engine
+from golf_ray.adaptation.engine import Engine
 from golf_ray.adaptation.fused import FusedAdapters
 from golf_ray.adaptation.optimizer import AdapterOptimizer
 from golf_ray.adaptation.packing import Budget
 from golf_ray.adaptation.plain import PlainAdapters
+from golf_ray.adaptation.scores import DocumentScore
 from golf_ray.bench.adaptation import TttBench
 from golf_ray.config import AdaptationConfig
 from golf_ray.data.shards import load_tokens

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray_processes import launch, notes_of, require_gone
 from reference import TOKENIZER, VAL_SHARDS, final_state, tiny_model
 
+from evaluators.ledger import Ledger
 from evaluators.pool import PoolEvent, PoolReport, WorkPool
 from evaluators.ray_evaluation import evaluate_on_ray
 from evaluators.result import EvaluationResult, Method, evaluate
@@ -119,6 +122,66 @@ def test_a_killed_actor_costs_its_unit(cluster: str, expected: EvaluationResult)
     assert reports[0].lost_actors == 1 and reports[0].retried <= 1
     [lost] = [e for e in events if e.kind == "lost"]
     assert str(killed[0]) in lost.message
+
+
+class Stopped(BaseException):
+    """Ends an evaluation from within."""
+
+
+def test_a_ledger_makes_a_rerun_do_what_is_missing(
+    cluster: str, expected: EvaluationResult, tmp_path: Path
+) -> None:
+    identity = {"weights": "tiny"}
+
+    def stop(done: int, total: int, score: object) -> None:
+        if done >= 5:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        there("ttt", 2, ledger=Ledger(str(tmp_path), identity), progress=stop)
+    kept = set(Ledger(str(tmp_path), identity).scores)
+    assert 5 <= len(kept) < 14
+    reports: list[PoolReport] = []
+    seen: list[int] = []
+    found = there(
+        "ttt", 3, ledger=Ledger(str(tmp_path), identity), on_report=reports.append,
+        progress=lambda done, total, score: seen.append(done),
+    )  # fmt: skip
+    require_same(found, expected)
+    assert reports[0].units == (14 - len(kept) + 1) // 2 and seen[-1] == 14
+    # With all of it there no actor is asked for.
+    again = there("ttt", 3, ledger=Ledger(str(tmp_path), identity), on_report=pytest.fail)
+    require_same(again, expected)
+
+
+def test_a_driver_that_is_killed_loses_what_was_under_way(
+    expected: EvaluationResult, cluster: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(CONFIG.with_overrides({"adaptation.group_documents": 1}).to_json())
+    ledger, segments = tmp_path / "ledger", tmp_path / "ledger" / "segments"
+    for time_around in range(2):
+        before = set(segments.glob("*")) if segments.exists() else set()
+        notes = tmp_path / f"notes{time_around}.json"
+        driver = launch("evaluate", str(notes), str(ledger), str(config))
+        noted = notes_of(driver, notes)
+        deadline = time.monotonic() + 90
+        while len(set(segments.glob("*.jsonl")) - before) < 2:
+            assert driver.poll() is None, driver.communicate()
+            assert time.monotonic() < deadline, "nothing was scored"
+            time.sleep(0.005)
+        driver.kill()
+        driver.wait()
+        require_gone(noted, 60)
+        assert before <= set(segments.glob("*")), "what is there stays"
+    found = Ledger(str(ledger), {"weights": "tiny"})
+    assert found.troubles == [] and 4 <= len(found.scores)
+    # Each document is on its own there, so its bits are those of another packing.
+    assert expected.documents is not None
+    for index, score in found.scores.items():
+        theirs = expected.documents[index]
+        assert (score.tokens, score.num_bytes) == (theirs.tokens, theirs.num_bytes)
+        assert score.nats == pytest.approx(theirs.nats, abs=1e-6 * max(1, score.tokens))
 
 
 def sleeper(seconds: float, mark: str) -> Any:

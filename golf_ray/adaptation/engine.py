@@ -23,7 +23,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,62 +39,15 @@ from golf_ray.adaptation.optimizer import AdapterOptimizer
 from golf_ray.adaptation.packing import Budget, Packer, Step
 from golf_ray.adaptation.plain import PlainAdapters
 from golf_ray.adaptation.plan import plan_groups
+from golf_ray.adaptation.scores import ChunkEvent, Document, DocumentScore
 from golf_ray.adaptation.state import DocumentState
 from golf_ray.config import AdaptationConfig
 from golf_ray.data.tokenizer import ByteTables
 from golf_ray.errors import EvaluationFailed, UsageError
-from golf_ray.metric import Score
 from golf_ray.model.model import GolfModel
 
 AdapterInit = Mapping[int, Tensor]
 """A [rank, n] by input width n, in place of random ones."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
-    """A stretch of the token stream, as `golf_ray.data.documents` cuts it."""
-
-    index: int
-    """Place in the whole stream's documents, also in a sample: it decides the adapter's A."""
-    start: int
-    end: int
-
-    @property
-    def num_predictions(self) -> int:
-        """Predictions: every token but the first is predicted."""
-        return max(0, self.end - self.start - 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ChunkEvent:
-    """When a chunk was scored and when the adapters learned from it: numbers of one rising count.
-
-    The count runs over the events of all documents of an engine.
-    """
-
-    chunk: int
-    scored_at: int
-    updated_at: int | None
-    """None for a document's last chunk."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DocumentScore:
-    """What one document scored."""
-
-    index: int
-    nats: float
-    """Sum of the losses, exactly rounded in float64."""
-    tokens: int
-    num_bytes: int
-    trace: tuple[ChunkEvent, ...]
-    token_nats: NDArray[np.float32] | None = None
-    """Losses in order, where they were asked for."""
-
-    @property
-    def score(self) -> Score:
-        """The sums alone."""
-        return Score(nats=self.nats, tokens=self.tokens, num_bytes=self.num_bytes)
 
 
 Tell = Callable[[str], None]
@@ -544,7 +496,31 @@ def adapt_documents(
     keep_token_nats: bool = False,
     tell: Tell | None = None,
 ) -> Iterator[DocumentScore]:
-    """Run documents through one engine.
+    """Plan documents into groups and run those through one engine; see `adapt_groups`."""
+    return adapt_groups(
+        model,
+        tokens,
+        group_documents(documents, adaptation),
+        adaptation,
+        tables=tables,
+        adapter_init=adapter_init,
+        keep_token_nats=keep_token_nats,
+        tell=tell,
+    )
+
+
+def adapt_groups(
+    model: GolfModel,
+    tokens: NDArray[np.integer],
+    groups: Sequence[Sequence[Document]],
+    adaptation: AdaptationConfig,
+    *,
+    tables: ByteTables,
+    adapter_init: AdapterInit | None = None,
+    keep_token_nats: bool = False,
+    tell: Tell | None = None,
+) -> Iterator[DocumentScore]:
+    """Run groups of documents through one engine.
 
     On a CPU group after group, so that whoever runs a group alone gets its very bits; on a GPU
     together, because a group leaves it idle at its end.
@@ -552,7 +528,6 @@ def adapt_documents(
     Yields:
         One score a document, in the order in which they finish.
     """
-    groups = group_documents(documents, adaptation)
     if next(model.parameters()).device.type == "cuda":
         groups = (tuple(itertools.chain.from_iterable(groups)),)
     engine = Engine(

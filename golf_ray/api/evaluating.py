@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from evaluators.ledger import Ledger
     from evaluators.packed import Progress
     from evaluators.pool import PoolEvent
     from evaluators.result import EvaluationResult
@@ -74,6 +75,7 @@ def evaluate(
     quantize_progress: Phase | None = None,
     on_event: OnEvent | None = None,
     tell: Callable[[str], None] | None = None,
+    ledger: str | Path | None = None,
 ) -> Evaluation:
     """Score a checkpoint or an artifact on the validation stream of its configuration.
 
@@ -90,7 +92,9 @@ def evaluate(
         quantize_progress: told how quantisation goes on.
         on_event: told of actors that are lost, and of what is done about it.
         tell: told, in this process, how many documents `ttt` takes at a time, and of a lack of
-            memory.
+            memory; and what a ledger holds.
+        ledger: folder or URI where `ttt` keeps what is scored: with the same one again it does
+            only what is missing.
 
     Raises:
         GolfRayError: something given cannot be used, or not everything could be scored.
@@ -99,6 +103,8 @@ def evaluate(
     config = config_for(weights, config, force=force)
     if adapter_init is not None and method != "ttt":
         raise UsageError(f"adapters have no part in '{method}' evaluation", "use --method ttt")
+    if ledger is not None and method != "ttt":
+        raise UsageError(f"'{method}' evaluation keeps no ledger", "use --method ttt")
     # What cannot be scored is found out before minutes of quantisation.
     tokens, tables = validation_stream(config)
     job = _Job(
@@ -112,6 +118,8 @@ def evaluate(
         progress=progress,
         on_event=on_event,
         tell=tell,
+        ledger=None if ledger is None else str(ledger),
+        adapter_file=None if adapter_init is None else Path(adapter_init),
     )
     if not quantize_first:
         return _score(weights, job)
@@ -152,6 +160,45 @@ class _Job:
     progress: Progress | None
     on_event: OnEvent | None
     tell: Callable[[str], None] | None
+    ledger: str | None
+    adapter_file: Path | None
+
+
+def _ledger(weights: StoredWeights, job: _Job) -> Ledger | None:
+    """The job's ledger, under what its scores follow from."""
+    if job.ledger is None:
+        return None
+    import torch
+
+    from evaluators.ledger import Ledger, digest_of
+    from golf_ray import __version__, fingerprint
+    from golf_ray.adaptation.engine import WITHOUT_EFFECT
+    from golf_ray.model.compute import compute_dtype
+
+    config, tables = job.config, job.tables
+    here = job.workers is None
+    device = pick_device(config).type if here else _device_of_actors(config)
+    settings = dataclasses.asdict(config.adaptation)
+    ledger = Ledger(
+        job.ledger,
+        {
+            "golf_ray": __version__,
+            "weights": fingerprint.of_file(weights.path),
+            "weights_kind": weights.kind,
+            "model": dataclasses.asdict(config.model),
+            "adaptation": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
+            "adapters": job.adapter_file and fingerprint.of_file(job.adapter_file),
+            "arithmetic": str(compute_dtype(config, torch.device(device))),
+            "tokens": digest_of(job.tokens),
+            "tokenizer": digest_of(tables.base_bytes, tables.has_leading_space, tables.is_boundary),
+        },
+    )
+    if job.tell is not None:
+        for line in ledger.troubles:
+            job.tell(line)
+        if ledger.scores:
+            job.tell(f"{len(ledger.scores):,} documents are in {ledger.uri} already")
+    return ledger
 
 
 def _score(weights: StoredWeights, job: _Job) -> Evaluation:
@@ -191,6 +238,7 @@ def _score_here(weights: StoredWeights, job: _Job, device: torch.device) -> Eval
             adapter_init=job.adapters,
             progress=job.progress,
             tell=job.tell,
+            ledger=_ledger(weights, job),
         )
 
 
@@ -198,6 +246,8 @@ def _score_on_ray(weights: StoredWeights, job: _Job) -> EvaluationResult:
     from evaluators.ray_evaluation import evaluate_on_ray
     from golf_ray.resources import evaluation_bundles
 
+    # Opened before anything starts: it may be another evaluation's.
+    ledger = _ledger(weights, job)
     state = weights.state(job.config.model)
     bundles = evaluation_bundles(job.config, job.workers)
     with connected(job.address, bundles, "PACK", "evaluation"):
@@ -212,6 +262,7 @@ def _score_on_ray(weights: StoredWeights, job: _Job) -> EvaluationResult:
             adapter_init=job.adapters,
             progress=job.progress,
             on_event=job.on_event,
+            ledger=ledger,
         )
 
 

@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 
 from golf_ray.adaptation.adapters import AdapterLayout, adapter_slots
 from golf_ray.adaptation.budget import choose_budget
-from golf_ray.adaptation.engine import Document, Engine
+from golf_ray.adaptation.engine import Engine
 from golf_ray.adaptation.packing import Budget, Step
 from golf_ray.adaptation.plan import chunk_at, count_chunks
+from golf_ray.adaptation.scores import Document
 from golf_ray.bench.corpus import document_lengths
 from golf_ray.bench.profile import profile_work
 from golf_ray.config import AdaptationConfig, Config

@@ -44,6 +44,7 @@ EXAMPLES = examples(
     "golf-ray eval runs/first/final_model.pt",
     "golf-ray eval runs/first/final_model.pt --method ttt --workers 2",
     "golf-ray eval runs/first/final_model.pt --method ttt --sample 2000",
+    "golf-ray eval runs/first --method ttt --ledger scores/first --workers 8",
     "golf-ray eval runs/first/final_model.pt --quantize --artifact a.int6.ptz",
     "golf-ray eval final_model.int6.ptz --upstream-config train.log --json",
 )
@@ -90,6 +91,13 @@ def evaluate(
         int | None,
         typer.Option(metavar="N", help="Score N documents with ttt and estimate the whole set."),
     ] = None,
+    ledger: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Keep ttt's scores there as they come: the same command again goes on.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Share the work among N Ray actors; else here."),
@@ -124,6 +132,8 @@ def evaluate(
         raise UsageError("only ttt scores documents one by one", "add --method ttt")
     if sample is not None and method != Method.TTT:
         raise UsageError("--sample chooses documents, which only ttt scores", "add --method ttt")
+    if ledger is not None and method != Method.TTT:
+        raise UsageError("only ttt keeps a ledger", "add --method ttt")
     if address is not None and workers is None:
         raise UsageError("--address joins a cluster for workers", "add --workers N")
 
@@ -152,6 +162,7 @@ def evaluate(
             quantize_progress=bar.phase,
             on_event=lambda event: bar.say(event.message) if event.kind != "ready" else None,
             tell=bar.say,
+            ledger=ledger,
         )
     if per_document is not None:
         _write_documents(per_document, done)
