@@ -53,9 +53,12 @@ class Ledger:
         """A line for each segment that cannot be used."""
         self.scores: dict[int, DocumentScore] = {}
         """By document."""
+        self.repeated: list[DocumentScore] = []
+        """Scores of documents that have one already; they count for nothing."""
         for name in self._segments.names() if self._begun else []:
             for score in self._read(name):
-                self.scores.setdefault(score.index, score)
+                if self.scores.setdefault(score.index, score) is not score:
+                    self.repeated.append(score)
 
     def add(self, scores: Sequence[DocumentScore]) -> None:
         """Keep the scores of some documents; when this returns, they are stored.
@@ -99,12 +102,8 @@ class Ledger:
             )
         # As JSON gives it back: tuples are lists there.
         mine = json.loads(json.dumps(self._header))
-        differences = list(_differences(theirs, mine))
-        if differences:
-            more = len(differences) - MOST_DIFFERENCES
-            named = "; ".join(differences[:MOST_DIFFERENCES]) + (
-                f"; and {more} more" if more > 0 else ""
-            )
+        named = name_differences(theirs, mine)
+        if named:
             raise UsageError(
                 f"{self._storage.uri} is the ledger of another evaluation: {named}",
                 "give another folder, or evaluate as it says",
@@ -118,7 +117,33 @@ class Ledger:
         if hashlib.sha256(content).hexdigest() != name.removesuffix(SUFFIX):
             self.troubles.append(f"{self._segments.uri_of(name)} is damaged and counts for nothing")
             return []
-        return [_score_of(json.loads(line)) for line in content.splitlines()]
+        try:
+            return [_score_of(json.loads(line)) for line in content.splitlines()]
+        except (ValueError, TypeError, LookupError, AttributeError):
+            self.troubles.append(f"{self._segments.uri_of(name)} holds what is no score")
+            return []
+
+
+def read_header(where: str) -> dict[str, Any]:
+    """What the ledger in a folder says that its scores follow from.
+
+    Raises:
+        StorageError: there is no ledger, or its header cannot be read.
+    """
+    storage = Storage(where)
+    found = storage.read_bytes(HEADER)
+    if found is None:
+        raise StorageError(
+            f"{storage.uri} holds no {HEADER}, so it is no ledger",
+            "give the folder that was given to 'golf-ray eval --ledger'",
+        )
+    try:
+        header = json.loads(found)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise StorageError(f"{storage.uri_of(HEADER)} is damaged", "give another folder")
+    return header
 
 
 def missing(
@@ -166,18 +191,35 @@ def _plain(score: DocumentScore) -> dict[str, Any]:
 def _score_of(line: Mapping[str, Any]) -> DocumentScore:
     losses = line["token_nats"]
     return DocumentScore(
-        index=line["document"],
+        index=_whole(line["document"]),
         nats=float.fromhex(line["nats"]),
-        tokens=line["tokens"],
-        num_bytes=line["bytes"],
+        tokens=_whole(line["tokens"]),
+        num_bytes=_whole(line["bytes"]),
         trace=tuple(
-            ChunkEvent(chunk=chunk, scored_at=scored, updated_at=updated)
+            ChunkEvent(
+                chunk=_whole(chunk),
+                scored_at=_whole(scored),
+                updated_at=None if updated is None else _whole(updated),
+            )
             for chunk, scored, updated in line["trace"]
         ),
         token_nats=None
         if losses is None
         else np.frombuffer(base64.b64decode(losses), dtype="<f4").astype(np.float32),
     )
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def name_differences(theirs: Any, mine: Any) -> str:
+    """A phrase for each of the first values in which two headers differ; empty if they do not."""
+    differences = list(_differences(theirs, mine))
+    more = len(differences) - MOST_DIFFERENCES
+    return "; ".join(differences[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _differences(theirs: Any, mine: Any, place: str = "") -> Iterator[str]:

@@ -1,7 +1,7 @@
 """golf_ray: train, quantise and score tiny language models as stages of one Ray application.
 
 The Python interface has the shape of the command line's verbs: `golf_ray.train`,
-`golf_ray.quantize`, `golf_ray.evaluate`, over a `golf_ray.Config`.
+`golf_ray.quantize`, `golf_ray.evaluate`, `golf_ray.audit`, over a `golf_ray.Config`.
 
 Invariant: importing this package loads neither torch nor Ray; a name is loaded when it is used.
 """
@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from golf_ray.api import evaluate, open_weights, quantize, train
+    from golf_ray.api import audit, evaluate, open_weights, quantize, train
     from golf_ray.config import Config
     from golf_ray.errors import GolfRayError
     from golf_ray.presets import preset
@@ -23,6 +23,7 @@ __all__ = [
     "Config",
     "GolfRayError",
     "__version__",
+    "audit",
     "evaluate",
     "open_weights",
     "preset",
@@ -33,6 +34,7 @@ __all__ = [
 _HOMES = {
     "Config": "golf_ray.config",
     "GolfRayError": "golf_ray.errors",
+    "audit": "golf_ray.api",
     "evaluate": "golf_ray.api",
     "open_weights": "golf_ray.api",
     "preset": "golf_ray.presets",

@@ -8,6 +8,7 @@ Invariant: weights are never scored or quantised under a model configuration oth
 they carry, unless that is forced; a configuration that came out of a file never runs code.
 """
 
+from golf_ray.api.auditing import LedgerAudit, audit
 from golf_ray.api.evaluating import Evaluation, Method, evaluate, validation_stream
 from golf_ray.api.machine import cpu_count, cpu_threads, fitted_to_machine, pick_device
 from golf_ray.api.quantizing import Quantization, default_artifact, quantize
@@ -16,10 +17,12 @@ from golf_ray.api.weights import StoredWeights, config_for, open_weights, requir
 
 __all__ = [
     "Evaluation",
+    "LedgerAudit",
     "Method",
     "Quantization",
     "StoredWeights",
     "Training",
+    "audit",
     "config_for",
     "cpu_count",
     "cpu_threads",

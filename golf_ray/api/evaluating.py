@@ -146,6 +146,16 @@ def validation_stream(config: Config) -> tuple[NDArray[np.uint16], ByteTables]:
     return load_tokens(find_shards(config.data, vocab_size, "val"), vocab_size), tables
 
 
+def digests_of_data(tokens: NDArray[np.uint16], tables: ByteTables) -> dict[str, str]:
+    """What a ledger's header says of the text that it holds scores of."""
+    from evaluators.ledger import digest_of
+
+    return {
+        "tokens": digest_of(tokens),
+        "tokenizer": digest_of(tables.base_bytes, tables.has_leading_space, tables.is_boundary),
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
     """What to score, on what and how; all but the weights."""
@@ -170,12 +180,12 @@ def _ledger(weights: StoredWeights, job: _Job) -> Ledger | None:
         return None
     import torch
 
-    from evaluators.ledger import Ledger, digest_of
+    from evaluators.ledger import Ledger
     from golf_ray import __version__, fingerprint
     from golf_ray.adaptation.engine import WITHOUT_EFFECT
     from golf_ray.model.compute import compute_dtype
 
-    config, tables = job.config, job.tables
+    config = job.config
     here = job.workers is None
     device = pick_device(config).type if here else _device_of_actors(config)
     settings = dataclasses.asdict(config.adaptation)
@@ -189,8 +199,7 @@ def _ledger(weights: StoredWeights, job: _Job) -> Ledger | None:
             "adaptation": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
             "adapters": job.adapter_file and fingerprint.of_file(job.adapter_file),
             "arithmetic": str(compute_dtype(config, torch.device(device))),
-            "tokens": digest_of(job.tokens),
-            "tokenizer": digest_of(tables.base_bytes, tables.has_leading_space, tables.is_boundary),
+            **digests_of_data(job.tokens, job.tables),
         },
     )
     if job.tell is not None:

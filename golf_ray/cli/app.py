@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from golf_ray.cli import bench, config, data, doctor, evaluate, quantize, quickstart, train
+from golf_ray.cli import (
+    audit,
+    bench,
+    config,
+    data,
+    doctor,
+    evaluate,
+    quantize,
+    quickstart,
+    train,
+)
 from golf_ray.cli.frame import NO_VALUE, SETTINGS, Verbs, add_verb, examples, make_group, paragraphs
 from golf_ray.cli.options import Debug
 
@@ -31,6 +41,7 @@ def application() -> typer.Typer:
     add_verb(app, "train", train.train, train.EXAMPLES)
     add_verb(app, "quantize", quantize.quantize, quantize.EXAMPLES)
     add_verb(app, "eval", evaluate.evaluate, evaluate.EXAMPLES)
+    add_verb(app, "audit", audit.audit, audit.EXAMPLES)
     app.add_typer(bench.group(), name="bench")
     app.add_typer(config.group(), name="config")
     add_verb(app, "doctor", doctor.doctor, doctor.EXAMPLES)

@@ -18,7 +18,10 @@ NO_VALUE = ""
 """What a switch takes; without it help shows a type."""
 
 
-VERBS = ("quickstart", "data", "train", "quantize", "eval", "sweep", "bench", "config", "doctor")
+VERBS = (
+    "quickstart", "data", "train", "quantize", "eval", "audit", "sweep", "bench", "config",
+    "doctor",
+)  # fmt: skip
 """Order of the verbs in help, that of the work; others come last."""
 
 
