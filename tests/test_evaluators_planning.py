@@ -279,3 +279,23 @@ def test_a_simulation_is_a_function_of_its_seed() -> None:
     units = [unit(float(n % 7 + 1)) for n in range(40)]
     assert simulate(units, 6, seed=3) == simulate(units, 6, seed=3)
     assert simulate(units, 6, seed=3) != simulate(units, 6, seed=4)
+
+
+def test_units_of_documents_are_the_plan_on_a_gpu_and_the_groups_on_a_cpu() -> None:
+    from evaluators.ray_evaluation import document_units
+    from golf_ray.adaptation.engine import group_documents
+    from golf_ray.adaptation.scores import Document
+
+    lengths = [int(n) for n in document_lengths(700, seed=2)]
+    ends = np.cumsum([n + 1 for n in lengths]).tolist()
+    documents = [
+        Document(index=i, start=end - n - 1, end=end)
+        for i, (n, end) in enumerate(zip(lengths, ends, strict=True))
+    ]
+    adaptation = AdaptationConfig()
+    on_cpu = document_units(documents, adaptation, "cpu")
+    assert on_cpu == list(group_documents(documents, adaptation))
+    on_gpu = document_units(documents[::-1], adaptation, "cuda")
+    assert sorted(d.index for unit in on_gpu for d in unit) == list(range(700))
+    planned = plan_units(lengths, adaptation, COSTS["cuda"])
+    assert [[d.index for d in unit] for unit in on_gpu] == [list(u.members) for u in planned]

@@ -112,21 +112,33 @@ def test_nobody_waits_while_another_has_two(units: int, actors: int) -> None:
 def test_units_go_out_in_order_and_one_ahead() -> None:
     scheduler = Scheduler(["long", "middle", "short", "last"])
     assert scheduler.join("a") == [Start("a", "long"), Start("a", "middle")]
-    assert scheduler.join("b") == [Start("b", "short"), Start("b", "last")]
-    assert scheduler.held("a") == ("long", "middle")
+    # The longest that is not begun is the next to begin, whoever holds it.
+    assert scheduler.join("b") == [
+        Cancel("a", "middle"), Start("b", "middle"), Start("a", "short"), Start("b", "last"),
+    ]  # fmt: skip
+    assert scheduler.held("a") == ("long", "short") and scheduler.held("b") == ("middle", "last")
+
+
+def test_a_joiner_takes_nothing_that_comes_after_what_waits() -> None:
+    scheduler = Scheduler([1, 2, 3, 4, 5])
+    scheduler.join("a")
+    scheduler.join("b")
+    assert scheduler.lost("a") == []
+    assert scheduler.waiting == (1, 3, 5) and scheduler.held("b") == (2, 4)
+    assert scheduler.join("c") == [Start("c", 1), Start("c", 3)]
 
 
 def test_an_idle_actor_takes_over_what_a_slow_one_has_not_begun() -> None:
     scheduler = Scheduler([1, 2, 3, 4])
     scheduler.join("slow")
     scheduler.join("fast")
-    assert scheduler.finished("fast", 3) == (True, [])
+    assert scheduler.finished("fast", 2) == (True, [])
     counts, actions = scheduler.finished("fast", 4)
-    assert counts and actions == [Cancel("slow", 2), Start("fast", 2)]
-    assert scheduler.stolen == 1
+    assert counts and actions == [Cancel("slow", 3), Start("fast", 3)]
+    assert scheduler.stolen == 2, "once when it joined"
     # The cancellation came too late: the slow one is the second to end it, which counts nothing.
-    assert scheduler.finished("fast", 2)[0]
-    assert not scheduler.finished("slow", 2)[0]
+    assert scheduler.finished("fast", 3)[0]
+    assert not scheduler.finished("slow", 3)[0]
     assert scheduler.finished("slow", 1)[0] and scheduler.done
 
 
@@ -141,8 +153,8 @@ def test_of_a_lost_actor_exactly_the_begun_unit_is_done_again() -> None:
     scheduler.join("a")
     scheduler.join("b")
     assert scheduler.lost("a") == []
-    assert scheduler.waiting == (1, 2) and scheduler.retried == 1
-    assert scheduler.finished("b", 3) == (True, [Start("b", 1)])
+    assert scheduler.waiting == (1, 3) and scheduler.retried == 1
+    assert scheduler.finished("b", 2) == (True, [Start("b", 1)])
 
 
 def test_a_unit_that_costs_actors_is_given_up() -> None:
