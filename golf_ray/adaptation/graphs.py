@@ -25,8 +25,8 @@ from golf_ray.kernels.grouped import tile_rows_of
 
 LEVELS = 12
 """Numbers of tokens that steps are padded to."""
-SLACK_TOKENS = 1024
-"""For documents of nothing, above each level."""
+GRAINS = ((64, 8), (128, 16), (1 << 30, 32))
+"""Up to so many documents their number is padded to a multiple of that."""
 
 Compute = Callable[[Batch, Tensor], Tensor]
 """(batch, the optimizer's factors) -> losses [S], with the adapters' step taken."""
@@ -38,13 +38,12 @@ def shape_of(step: Step, adaptation: AdaptationConfig, budget: Budget) -> Shape 
     num_tokens, count = step.window_tokens, len(step.members)
     if not step.learns or num_tokens > budget.step_tokens:
         return None
-    grain = 8 if count <= 64 else 16 if count <= 128 else 32
+    grain = next(grain for most, grain in GRAINS if count <= most)
     documents = -(-count // grain) * grain
     level = -(-num_tokens * LEVELS // budget.step_tokens)
-    tokens = -(-level * budget.step_tokens // LEVELS) + SLACK_TOKENS
-    needed = num_tokens + (documents - count) * adaptation.chunk_size
-    if needed > tokens:
-        documents = count
+    # A document of nothing is a chunk long, and there are fewer of them than the largest grain.
+    room = GRAINS[-1][1] * adaptation.chunk_size
+    tokens = -(-level * budget.step_tokens // LEVELS) + room
     return Shape(
         tokens=tokens,
         documents=documents,
