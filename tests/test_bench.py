@@ -10,12 +10,16 @@ import pytest
 import torch
 from cli_runner import golf_ray
 
+from golf_ray.adaptation.plan import window_tokens, windows
 from golf_ray.bench import report
+from golf_ray.bench.adaptation import TttBench, whole_set_ms
 from golf_ray.bench.corpus import document_lengths, random_tokens, write_random_shards
 from golf_ray.bench.host import field_segments
 from golf_ray.bench.profile import OTHER, category_of
 from golf_ray.bench.timing import median_ms
+from golf_ray.config import AdaptationConfig
 from golf_ray.data.shards import BOS_ID, open_shard
+from golf_ray.presets import TINY
 
 
 def test_random_documents_are_as_long_as_the_field_s() -> None:
@@ -133,3 +137,61 @@ def test_ratios_say_what_is_faster() -> None:
             "yardstick fa3_forward_ms": 2.0,
         }
     )
+
+
+def test_the_whole_set_costs_what_its_chunks_cost() -> None:
+    adaptation = AdaptationConfig(chunk_size=8, window=32)
+    prices = {8: 1.0, 16: 2.0, 24: 3.0, 32: 4.0}
+    endings = [(16, 0.5), (32, 1.5)]
+    lengths = [0, 5, 8, 9, 31, 32, 33, 100]
+    expected = 0.0
+    for n in lengths:
+        chunks = windows(n, adaptation.chunk_size, adaptation.window)
+        expected += sum(prices[c.window_tokens] for c in chunks[:-1])
+        if chunks:
+            # Straight between the two, and flat outside.
+            last = min(32, max(16, chunks[-1].window_tokens))
+            expected += 0.5 + (last - 16) / 16 + 0.25
+    found = whole_set_ms(lengths, adaptation, prices, endings, start_ms=0.25)
+    assert found == pytest.approx(expected)
+
+
+def test_classes_are_timed_by_the_engine_itself() -> None:
+    config = TINY.with_overrides({"adaptation.resident_documents": 3, "adaptation.step_tokens": 96})
+    bench = TttBench(config, torch.device("cpu"))
+    assert bench.classes() == [64]
+    steps, times = bench.run([40, 33])
+    assert len(steps) == len(times) and all(ms > 0 for ms in times)
+    assert sum(step.window_tokens for step in steps) == window_tokens(40, 16, 64) + window_tokens(
+        33, 16, 64
+    )
+    timing, prices = bench.time_class(64)
+    assert timing.documents == 1 and sorted(prices) == [16, 32, 48, 64]
+    assert timing.window_tokens_per_s == pytest.approx(64 / timing.chunk_ms * 1e3)
+    assert bench.start_ms() > 0
+
+
+def test_ttt_document_as_tables() -> None:
+    found = {
+        "host": {"device": "a GPU", "torch": "2.11"},
+        "compute": {"dtype": "bfloat16", "attention": "fa3"},
+        "budget": {"step_tokens": 65_536, "residents": 200},
+        "classes": [
+            {
+                "window": 2048, "documents": 32, "chunk_ms": 2.2, "ending_ms": 0.9,
+                "window_tokens_per_s": 930_909.1,
+            }
+        ],
+        "whole_set": {
+            "documents": 50_000, "tokens": 41_125_204, "gpu_s": 1246.1, "priced_gpu_s": 1228.1,
+            "method": "sum",
+        },
+        "mixed": {"documents": 64, "measured_s": 5.1, "priced_s": 5.0},
+        "peak_memory_bytes": 80_000_000_000,
+        "first_result": {"cold_s": 40.0, "warm_s": 9.5},
+        "yardsticks": {"copy": 4.2},
+    }  # fmt: skip
+    tables = list(report.ttt_rows(found))
+    text = "\n".join(title + "\n" + str(rows) for title, rows in tables)
+    for words in ("2,048", "930,909", "1,246 s", "80.0 GB", "9.5 s", "200 documents at a time"):
+        assert words in text, words
