@@ -79,30 +79,24 @@ class Ledger:
         self.scores.update({score.index: score for score in new})
 
     def _check_header(self) -> bool:
-        found = self._storage.read_bytes(HEADER)
-        if found is None:
+        theirs = _header_in(self._storage)
+        if theirs is None:
             if self._segments.names():
                 raise StorageError(
                     f"{self._storage.uri} holds scores and no {HEADER} that says of what",
                     "give another folder",
                 )
             return False
-        try:
-            theirs = json.loads(found)
-            version = theirs["version"]
-        except (ValueError, TypeError, KeyError):
-            raise StorageError(
-                f"{self._storage.uri_of(HEADER)} is damaged", "give another folder"
-            ) from None
+        if "version" not in theirs:
+            raise _damaged(self._storage)
+        version = theirs["version"]
         if version != VERSION:
             raise StorageError(
                 f"{self._storage.uri} is a ledger of version {version}, and this program knows "
                 f"{VERSION}",
                 "give another folder",
             )
-        # As JSON gives it back: tuples are lists there.
-        mine = json.loads(json.dumps(self._header))
-        named = name_differences(theirs, mine)
+        named = name_differences(theirs, self._header)
         if named:
             raise UsageError(
                 f"{self._storage.uri} is the ledger of another evaluation: {named}",
@@ -131,19 +125,30 @@ def read_header(where: str) -> dict[str, Any]:
         StorageError: there is no ledger, or its header cannot be read.
     """
     storage = Storage(where)
-    found = storage.read_bytes(HEADER)
-    if found is None:
+    header = _header_in(storage)
+    if header is None:
         raise StorageError(
             f"{storage.uri} holds no {HEADER}, so it is no ledger",
             "give the folder that was given to 'golf-ray eval --ledger'",
         )
+    return header
+
+
+def _header_in(storage: Storage) -> dict[str, Any] | None:
+    found = storage.read_bytes(HEADER)
+    if found is None:
+        return None
     try:
         header = json.loads(found)
     except ValueError:
-        header = None
+        raise _damaged(storage) from None
     if not isinstance(header, dict):
-        raise StorageError(f"{storage.uri_of(HEADER)} is damaged", "give another folder")
+        raise _damaged(storage)
     return header
+
+
+def _damaged(storage: Storage) -> StorageError:
+    return StorageError(f"{storage.uri_of(HEADER)} is damaged", "give another folder")
 
 
 def missing(
@@ -216,8 +221,10 @@ def _whole(value: Any) -> int:
 
 
 def name_differences(theirs: Any, mine: Any) -> str:
-    """A phrase for each of the first values in which two headers differ; empty if they do not."""
-    differences = list(_differences(theirs, mine))
+    """A phrase for each of the first values in which plain data differs from a stored header;
+    empty if it does not."""
+    # As JSON gives it back: tuples are lists there.
+    differences = list(_differences(theirs, json.loads(json.dumps(mine))))
     more = len(differences) - MOST_DIFFERENCES
     return "; ".join(differences[:MOST_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
 

@@ -275,13 +275,12 @@ def _work(
             document_units(documents, config.adaptation, device), ledger, token_nats=keep_token_nats
         )
         groups: dict[Unit, Sequence[Document]] = dict(enumerate(todo))
-        doing = {document.index for group in todo for document in group}
         return _Units(
             units=groups,
             tokens=tokens,
             describe=lambda unit: _name(groups[unit]),
             count=len(documents),
-            kept=kept_scores(documents, doing, ledger),
+            kept=kept_scores(documents, todo, ledger),
         )
     cut = cut_tokens(tokens, evaluation.seq_len)
     batches: Sequence[Any] = (

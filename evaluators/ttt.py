@@ -9,7 +9,7 @@ Invariant: scores come back in document order, one for every document asked for.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,10 +72,11 @@ def estimate_whole(
     Args:
         scores: of the documents of `choose_documents`, in any order.
     """
+    if adaptation.sample_documents is None:
+        return None
     bounds = document_bounds(tokens)
     sample = choose_sample(bounds, adaptation)
-    if sample is None:
-        return None
+    assert sample is not None
     num_bytes = document_bytes(tokens, bounds, tables)
     assert all(num_bytes[s.index] == s.num_bytes for s in scores)
     return estimate(sample, {s.index: s.nats for s in scores}, num_bytes)
@@ -113,8 +114,7 @@ def score_documents(
     documents = choose_documents(tokens, adaptation) if documents is None else documents
     require_predictions(documents)
     groups = missing(group_documents(documents, adaptation), ledger, token_nats=keep_token_nats)
-    doing = {document.index for group in groups for document in group}
-    found = kept_scores(documents, doing, ledger)
+    found = kept_scores(documents, groups, ledger)
     running = total_of(found)
     unkept: list[DocumentScore] = []
     kept_s = time.monotonic()
@@ -139,11 +139,12 @@ def score_documents(
 
 
 def kept_scores(
-    documents: Sequence[Document], doing: Set[int], ledger: Ledger | None
+    documents: Sequence[Document], todo: Sequence[Sequence[Document]], ledger: Ledger | None
 ) -> list[DocumentScore]:
-    """What a ledger has of the documents that are not scored anew."""
+    """What a ledger has of the documents that are in no group to do."""
     if ledger is None:
         return []
+    doing = {document.index for group in todo for document in group}
     return [ledger.scores[d.index] for d in documents if d.index not in doing]
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from golf_ray.adaptation import engine as engine_module
 from golf_ray.adaptation.adapters import AdapterBank, AdapterLayout, adapter_slots
 from golf_ray.adaptation.batches import Batch, HostBatch, Shape
-from golf_ray.adaptation.engine import Engine, adapt_documents, group_documents
+from golf_ray.adaptation.engine import Engine, adapt_groups, group_documents
 from golf_ray.adaptation.packing import Budget, Step
 from golf_ray.adaptation.philox import adapter_a
 from golf_ray.adaptation.plan import chunk_at
@@ -58,9 +58,8 @@ def run(
     model: GolfModel = MODEL,
 ) -> dict[int, DocumentScore]:
     documents = documents_of(tokens) if documents is None else documents
-    scores = adapt_documents(
-        model, tokens, documents, adaptation, tables=TABLES, keep_token_nats=True
-    )
+    groups = group_documents(documents, adaptation)
+    scores = adapt_groups(model, tokens, groups, adaptation, tables=TABLES, keep_token_nats=True)
     return {score.index: score for score in scores}
 
 

@@ -270,6 +270,7 @@ class Engine:
         self, documents: Sequence[Document], states: Sequence[DocumentState]
     ) -> dict[int, DocumentState]:
         places = {document.index: place for place, document in enumerate(documents)}
+        settings = self._settings() if states else ""
         for state in states:
             place = places.get(state.index)
             if place is None or documents[place].num_predictions != state.num_predictions:
@@ -278,7 +279,7 @@ class Engine:
                     "belongs to none of the documents",
                     "give states of the same data set",
                 )
-            if state.settings != self._settings():
+            if state.settings != settings:
                 raise UsageError(
                     f"the state of document {state.index} was made under other settings",
                     "evaluate under those, or delete it",
@@ -314,6 +315,8 @@ class Engine:
         documents: Sequence[Document],
         kept: Mapping[int, DocumentState],
     ) -> None:
+        if not admitted:
+            return
         new = [(documents[place].index, row) for place, row in admitted if place not in kept]
         indices, rows = [index for index, _ in new], [row for _, row in new]
         self.adapters.start(rows, indices, self.adaptation.seed)
@@ -382,7 +385,7 @@ class Engine:
         if self._graphs is not None:
             self._graphs.clear()
         torch.cuda.empty_cache()
-        self.budget = dataclasses.replace(self.budget, step_tokens=max(1, tokens // 2))
+        self.budget = dataclasses.replace(self.budget, step_tokens=tokens).halved()
         self._tell(f"out of memory: steps of {self.budget.step_tokens:,} tokens from here on")
         return False
 
@@ -483,30 +486,6 @@ def group_documents(
     documents = sorted(documents, key=lambda document: document.index)
     groups = plan_groups([d.num_predictions for d in documents], adaptation)
     return tuple(tuple(documents[m] for m in group.members) for group in groups)
-
-
-def adapt_documents(
-    model: GolfModel,
-    tokens: NDArray[np.integer],
-    documents: Sequence[Document],
-    adaptation: AdaptationConfig,
-    *,
-    tables: ByteTables,
-    adapter_init: AdapterInit | None = None,
-    keep_token_nats: bool = False,
-    tell: Tell | None = None,
-) -> Iterator[DocumentScore]:
-    """Plan documents into groups and run those through one engine; see `adapt_groups`."""
-    return adapt_groups(
-        model,
-        tokens,
-        group_documents(documents, adaptation),
-        adaptation,
-        tables=tables,
-        adapter_init=adapter_init,
-        keep_token_nats=keep_token_nats,
-        tell=tell,
-    )
 
 
 def adapt_groups(

@@ -104,6 +104,10 @@ class FusedAdapters:
         self.grads_NP = torch.zeros_like(bank.p_NP, dtype=dtype)
         self.anchor = torch.zeros((), device=bank.p_NP.device, requires_grad=True)
         self.jobs = cache(self._jobs_of)
+        self._slots = tuple(
+            (self.layout.places[slot.site, slot.layer][0], slot.in_features, slot.id)
+            for slot in self.layout.slots
+        )
 
     def _jobs_of(self, slot: int, group: tuple[Site, ...], columns: tuple[int, ...]) -> _Jobs:
         """Jobs of a matrix; a column of -1 is a site that is no output of it."""
@@ -114,16 +118,12 @@ class FusedAdapters:
         """Give rows to documents: A of (seed, document, slot), B zero, nothing learned."""
         from golf_ray.kernels.triton import philox
 
-        slots = [
-            (self.layout.places[slot.site, slot.layer][0], slot.in_features, slot.id)
-            for slot in self.layout.slots
-        ]
         for row in rows:
             self.bank.p_NP[row].zero_()
             self.shadow_NP[row].zero_()
             self.optimizer.start(row)
         philox.fill_adapters(
-            self.bank.p_NP, self.shadow_NP, rows, documents, tuple(slots), self.layout.rank, seed
+            self.bank.p_NP, self.shadow_NP, rows, documents, self._slots, self.layout.rank, seed
         )
 
     def refresh(self, row: int) -> None:

@@ -2,14 +2,13 @@
 
 A very long document takes thousands of serial steps; with its state stored now and then, what is
 lost with a machine is what came since. A file begins with a digest of what follows, because torch
-looks for no damage in a tensor's bytes; it is read as data (`weights_only`).
+looks for no damage in a tensor's bytes; it is read as any foreign file is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from golf_ray.errors import CheckpointError
+from golf_ray.model.loading import load_tensors, read_bytes
 from golf_ray.records import atomic_write_bytes
 
 VERSION = 1
@@ -64,33 +64,29 @@ class DocumentState:
             CheckpointError: it cannot be read, or is no document's state of this version.
         """
         try:
-            held = torch.load(_content(path), map_location="cpu", weights_only=True)
+            held = load_tensors(_content(read_bytes(path, str(path))), str(path))
             if held.pop("version") != VERSION:
                 raise ValueError("of another version")
             held["trace"] = tuple(tuple(event) for event in held["trace"])
             state = DocumentState(**held)
             _check_types(state)
             return state
-        except OSError as error:
-            reason = error.strerror or str(error)
-        except pickle.UnpicklingError:
-            # torch's own words advise to run what the file asks for.
-            reason = "it holds something else than data"
-        except Exception as error:  # a foreign file may fail in any way
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is no state of a document ({reason})", "delete it; the document starts again"
-        )
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path} is no state of a document ({error})",
+                "delete it; the document starts again",
+            ) from None
 
 
-def _content(path: Path) -> io.BytesIO:
-    data = path.read_bytes()
+def _content(data: bytes) -> bytes:
     if not data.startswith(MAGIC):
         raise ValueError("it begins otherwise")
     begin = len(MAGIC) + hashlib.sha256().digest_size
     if hashlib.sha256(data[begin:]).digest() != data[len(MAGIC) : begin]:
         raise ValueError("it is damaged")
-    return io.BytesIO(data[begin:])
+    return data[begin:]
 
 
 def _check_types(state: DocumentState) -> None:

@@ -8,14 +8,12 @@ Invariant: nothing is audited against a text or weights other than those that th
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from golf_ray.api.evaluating import digests_of_data, validation_stream
+from golf_ray.api.evaluating import digests_of_data, identity_of, validation_stream
 from golf_ray.api.machine import cpu_threads, pick_device
 from golf_ray.api.weights import StoredWeights, config_for, opened
 from golf_ray.config import AdaptationConfig, Config
@@ -112,7 +110,7 @@ def audit(
     tokens, tables = validation_stream(config)
     _require_same(header, kept.uri, digests_of_data(tokens, tables), "text", "its data")
     if weights is not None:
-        _require_same(header, kept.uri, _identity_of(weights, config), "weights", "its weights")
+        _require_same(header, kept.uri, identity_of(weights, config), "weights", "its weights")
     bounds = document_bounds(tokens)
     found = audit_scores(
         kept.scores,
@@ -151,16 +149,6 @@ def _settings_of(header: Mapping[str, Any], uri: str) -> AdaptationConfig:
         ) from None
 
 
-def _identity_of(weights: StoredWeights, config: Config) -> dict[str, Any]:
-    from golf_ray import fingerprint
-
-    return {
-        "weights": fingerprint.of_file(weights.path),
-        "weights_kind": weights.kind,
-        "model": dataclasses.asdict(config.model),
-    }
-
-
 def _require_same(
     header: Mapping[str, Any], uri: str, mine: Mapping[str, Any], what: str, remedy: str
 ) -> None:
@@ -171,9 +159,7 @@ def _require_same(
     """
     from evaluators.ledger import name_differences
 
-    # As JSON gives it back: tuples are lists there.
-    here = json.loads(json.dumps(mine))
-    differing = name_differences({name: header.get(name) for name in here}, here)
+    differing = name_differences({name: header.get(name) for name in mine}, mine)
     if differing:
         raise UsageError(f"{uri} is the ledger of other {what}: {differing}", f"give {remedy}")
 

@@ -156,6 +156,17 @@ def digests_of_data(tokens: NDArray[np.uint16], tables: ByteTables) -> dict[str,
     }
 
 
+def identity_of(weights: StoredWeights, config: Config) -> dict[str, Any]:
+    """What a ledger's header says of the weights whose scores it holds."""
+    from golf_ray import fingerprint
+
+    return {
+        "weights": fingerprint.of_file(weights.path),
+        "weights_kind": weights.kind,
+        "model": dataclasses.asdict(config.model),
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
     """What to score, on what and how; all but the weights."""
@@ -193,9 +204,7 @@ def _ledger(weights: StoredWeights, job: _Job) -> Ledger | None:
         job.ledger,
         {
             "golf_ray": __version__,
-            "weights": fingerprint.of_file(weights.path),
-            "weights_kind": weights.kind,
-            "model": dataclasses.asdict(config.model),
+            **identity_of(weights, config),
             "adaptation": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
             "adapters": job.adapter_file and fingerprint.of_file(job.adapter_file),
             "arithmetic": str(compute_dtype(config, torch.device(device))),

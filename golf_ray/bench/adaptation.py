@@ -12,11 +12,6 @@ host too wherever the device waits for it.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +29,7 @@ from golf_ray.adaptation.packing import Budget, Step
 from golf_ray.adaptation.plan import chunk_at, count_chunks
 from golf_ray.adaptation.scores import Document
 from golf_ray.bench.corpus import document_lengths
+from golf_ray.bench.processes import cold_and_warm
 from golf_ray.bench.profile import profile_work
 from golf_ray.config import AdaptationConfig, Config
 from golf_ray.data.tokenizer import ByteTables
@@ -345,20 +341,10 @@ def time_first_result(config: Config) -> dict[str, float]:
     Raises:
         EvaluationFailed: such a process failed.
     """
-    with tempfile.TemporaryDirectory(prefix="golf-ray-bench-") as folder:
-        found = {}
-        for name in ("cold_s", "warm_s"):
-            began = time.time()
-            done = subprocess.run(
-                [sys.executable, "-m", "golf_ray.bench.first_result"],
-                input=config.to_json(),
-                env={**os.environ, "TRITON_CACHE_DIR": folder},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or [""])[-1]
-                raise EvaluationFailed(f"a run in a process of its own failed: {last}")
-            found[name] = float(json.loads(done.stdout.splitlines()[-1])["unix_s"]) - began
-    return found
+    return cold_and_warm(
+        "golf_ray.bench.first_result",
+        config,
+        lambda line, began_unix_s: float(line["unix_s"]) - began_unix_s,
+        cache="TRITON_CACHE_DIR",
+        error=EvaluationFailed,
+    )

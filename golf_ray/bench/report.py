@@ -172,15 +172,15 @@ def training_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
         list(_speed_rows(found, mine)),
     )
     if found.get("start_up"):
-        rows: Table = [
-            (name.removesuffix("_s"), f"{s:.1f} s") for name, s in found["start_up"].items()
-        ]
-        yield "from entering the training function to its first step", rows
+        yield (
+            "from entering the training function to its first step",
+            _seconds_rows(found["start_up"]),
+        )
     for name, shares in (mine.get("profile") or {}).items():
         yield _profile_table(f"one step, {name}", shares)
-    yield "yardsticks", [(name, f"{value:.3g}") for name, value in found["yardsticks"].items()]
+    yield "yardsticks", _yardstick_rows(found)
     if "against_earlier" in found:
-        rows = [(name, f"{ratio:.3f}x") for name, ratio in found["against_earlier"].items()]
+        rows: Table = [(name, f"{ratio:.3f}x") for name, ratio in found["against_earlier"].items()]
         yield "against the earlier run (above 1 is faster now)", rows
 
 
@@ -281,13 +281,18 @@ def ttt_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
         rows.append(("peak memory", f"{found['peak_memory_bytes'] / 1e9:.1f} GB"))
     yield f"the whole set, steady ({whole['method']})", rows
     if found.get("first_result"):
-        rows = [
-            (name.removesuffix("_s"), f"{s:.1f} s") for name, s in found["first_result"].items()
-        ]
-        yield "from a process's start to its first score", rows
+        yield "from a process's start to its first score", _seconds_rows(found["first_result"])
     if found.get("profile"):
         yield _profile_table("growing windows", found["profile"])
-    yield "yardsticks", [(name, f"{value:.3g}") for name, value in found["yardsticks"].items()]
+    yield "yardsticks", _yardstick_rows(found)
+
+
+def _seconds_rows(seconds: dict[str, float]) -> Table:
+    return [(name.removesuffix("_s"), f"{s:.1f} s") for name, s in seconds.items()]
+
+
+def _yardstick_rows(found: dict[str, Any]) -> Table:
+    return [(name, f"{value:.3g}") for name, value in found["yardsticks"].items()]
 
 
 def _profile_table(name: str, shares: list[dict[str, Any]]) -> tuple[str, Table]:

@@ -6,10 +6,6 @@ itself. More than one worker run through Ray Train, as users' runs do.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +17,7 @@ from typing import Any
 import torch
 
 from golf_ray.bench.corpus import write_random_shards
+from golf_ray.bench.processes import cold_and_warm
 from golf_ray.bench.profile import profile_work
 from golf_ray.config import Config
 from golf_ray.errors import TrainingFailed
@@ -112,23 +109,14 @@ def time_start_up(config: Config, shards: Sequence[Path]) -> dict[str, float]:
     Raises:
         TrainingFailed: such a process failed.
     """
-    with tempfile.TemporaryDirectory(prefix="golf-ray-bench-") as home:
-        program = [sys.executable, "-m", "golf_ray.bench.start_up", *map(str, shards)]
-        found = {}
-        for name in ("cold_s", "warm_s"):
-            done = subprocess.run(
-                program,
-                input=config.to_json(),
-                env={**os.environ, "XDG_CACHE_HOME": home},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or [""])[-1]
-                raise TrainingFailed(f"a run in a process of its own failed: {last}")
-            found[name] = float(json.loads(done.stdout.splitlines()[-1])["to_first_step_s"])
-    return found
+    return cold_and_warm(
+        "golf_ray.bench.start_up",
+        config,
+        lambda line, began_unix_s: float(line["to_first_step_s"]),
+        cache="XDG_CACHE_HOME",
+        error=TrainingFailed,
+        arguments=[str(path) for path in shards],
+    )
 
 
 def ratios(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:

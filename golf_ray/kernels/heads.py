@@ -60,11 +60,20 @@ def split_heads(qkv_TW: Tensor, num_kv_heads: int, head_dim: int) -> tuple[Tenso
 
 
 def prepare(
-    q_THd: Tensor, k_TGd: Tensor, gain_H: Tensor, cos: Tensor, sin: Tensor
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    gain_H: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    of_queries: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys as attention takes them."""
-    q, k = rotate(rms_norm(q_THd), cos, sin), rotate(rms_norm(k_TGd), cos, sin)
-    return q * gain_H[:, None], k
+    """Queries and keys as attention takes them.
+
+    Args:
+        of_queries: cos and sin of the queries' rows, where those are not all.
+    """
+    q = rotate(rms_norm(q_THd), *(of_queries or (cos, sin)))
+    return q * gain_H[:, None], rotate(rms_norm(k_TGd), cos, sin)
 
 
 MOST_COPIES = 2

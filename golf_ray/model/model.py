@@ -22,9 +22,7 @@ from golf_ray.kernels.heads import (
     attention_fused,
     prepare,
     remove_own_value,
-    rms_norm,
     rotary_tables,
-    rotate,
     split_heads,
 )
 from golf_ray.kernels.loss import cross_entropy, cross_entropy_fused, head_losses_fused, softcap
@@ -322,8 +320,8 @@ class GolfModel(nn.Module):
             for t in hooks.linear(("k", "v"), slot, n_TD, w_WD[D:], (kv, kv)).split(kv, dim=1)
         )
         gain = self.weight(f"blocks.{i}.attn.q_gain")
-        q = rotate(rms_norm(q), *(tail.of(t) for t in rotary)) * gain[:, None]
-        k = rotate(rms_norm(k), *rotary)
+        cos, sin = rotary
+        q, k = prepare(q, k, gain, cos, sin, (tail.of(cos), tail.of(sin)))
         y_SHd = attend(q, k, v, run.segments, self.compute.attention, tail)
         if i >= config.num_layers - config.xsa_last_n:
             y_SHd = remove_own_value(y_SHd, tail.of(v))

@@ -77,17 +77,6 @@ class TailRows:
     max_seqlen: int
     """Most wanted rows of a segment, or more."""
 
-    @staticmethod
-    def of_counts(lengths: Sequence[int], counts: Sequence[int]) -> TailRows:
-        """The last `counts[n]` of the `lengths[n]` rows of each segment, on the CPU."""
-        assert all(0 <= c <= n for c, n in zip(counts, lengths, strict=True))
-        ends = itertools.accumulate(lengths)
-        places = [torch.arange(e - c, e) for e, c in zip(ends, counts, strict=True)]
-        bounds = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
-        return TailRows(
-            places_S=torch.cat(places), cu_seqlens=bounds, max_seqlen=max(counts, default=0)
-        )
-
     def of(self, x_TD: Tensor) -> Tensor:
         """Those rows of a tensor."""
         return x_TD.index_select(0, self.places_S)

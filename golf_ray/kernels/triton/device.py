@@ -1,4 +1,4 @@
-"""What launches need to know of the device."""
+"""What launches need to know of the device, and of the arithmetic."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ def num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_SMS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def bits_of(dtype: torch.dtype) -> int:
+    """Bits of a number, by which tilings are chosen."""
+    return dtype.itemsize * 8
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Precision of Triton's products: no TF32 where the arithmetic is float32."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from golf_ray.kernels.grouped import RowsJob, Stretches, SumsJob
+from golf_ray.kernels.triton.device import bits_of, precision_of
 
 COLUMNS = {16: 128, 32: 32}
 """Columns of a tile by bits of the arithmetic."""
@@ -144,14 +145,6 @@ def _step(
     tl.store(shadow + place, value.to(shadow.dtype.element_ty), mask=mask)
 
 
-def _bits(x: Tensor) -> int:
-    return x.element_size() * 8
-
-
-def _precision(x: Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
 @functools.lru_cache(maxsize=4096)
 def _rows_table(
     jobs: tuple[RowsJob, ...], turned: bool, columns: int, device: torch.device
@@ -201,7 +194,7 @@ def rows(
     add: bool,
 ) -> None:
     """Launch; see `golf_ray.kernels.grouped.rows`."""
-    bits = _bits(x_TK)
+    bits = bits_of(x_TK.dtype)
     flat = bits == 16 and add and all(job.depth % DEPTH[bits] for job in jobs)
     columns = FLAT_COLUMNS if flat else COLUMNS[bits]
     depth = FLAT_DEPTH if flat else DEPTH[bits]
@@ -212,7 +205,7 @@ def rows(
         bank_NP.stride(0), len(table), x_TK.stride(0), out_TO.stride(0),
         TURNED=turned, ADD=add, EVEN=whole % depth == 0, ALIGN=ALIGNED if aligned else 1,
         BLOCK_M=stretches.tile_rows, BLOCK_N=columns, BLOCK_K=depth,
-        PRECISION=_precision(x_TK), num_warps=4 if flat or stretches.tile_rows < 128 else 8,
+        PRECISION=precision_of(x_TK.dtype), num_warps=4 if flat or stretches.tile_rows < 128 else 8,
         num_stages=4 if flat else 3,
     )  # fmt: skip
 
@@ -221,7 +214,7 @@ def sums(
     u_TA: Tensor, w_TB: Tensor, grads_NP: Tensor, jobs: tuple[SumsJob, ...], stretches: Stretches
 ) -> None:
     """Launch; see `golf_ray.kernels.grouped.sums`."""
-    bits = _bits(u_TA)
+    bits = bits_of(u_TA.dtype)
     tile, depth = SUMS_TILE[bits], SUMS_DEPTH[bits]
     table, aligned, _ = _sums_table(jobs, tile, u_TA.device)
     if stretches.tile_rows <= depth // 2:
@@ -231,7 +224,7 @@ def sums(
         u_TA, w_TB, grads_NP, table, stretches.documents,
         grads_NP.stride(0), len(table), u_TA.stride(0), w_TB.stride(0),
         ALIGN=ALIGNED if aligned else 1, BLOCK_A=tile, BLOCK_B=tile, BLOCK_T=depth,
-        PRECISION=_precision(u_TA), num_warps=8 if bits == 16 else 4, num_stages=3,
+        PRECISION=precision_of(u_TA.dtype), num_warps=8 if bits == 16 else 4, num_stages=3,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from golf_ray.kernels.mlp import STRIPE_COLUMNS, signs_shape
-from golf_ray.kernels.triton.device import num_sms
+from golf_ray.kernels.triton.device import bits_of, num_sms, precision_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,18 +163,10 @@ def _down_backward(
         dp_desc.store([row, column + S], _signed(b, more, BLOCK_M, S).to(dp_desc.dtype))
 
 
-def _bits(dtype: torch.dtype) -> int:
-    return dtype.itemsize * 8
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
 def up(n_TD: Tensor, w_FD: Tensor, signs: bool = True) -> tuple[Tensor, Tensor]:
     """Activation of n w^T, [T, F], and the packed signs, uint8 (of no rows if not asked for)."""
     (T, D), F, dtype = n_TD.shape, w_FD.shape[0], n_TD.dtype
-    cut, stripe = UP[_bits(dtype)], STRIPE_COLUMNS[dtype]
+    cut, stripe = UP[bits_of(dtype)], STRIPE_COLUMNS[dtype]
     h = n_TD.new_empty(T, F)
     packed = n_TD.new_empty(signs_shape(T if signs else 0, F, dtype), dtype=torch.uint8)
     tiles = triton.cdiv(T, cut.rows) * triton.cdiv(F, cut.columns)
@@ -183,7 +175,7 @@ def up(n_TD: Tensor, w_FD: Tensor, signs: bool = True) -> tuple[Tensor, Tensor]:
         TensorDescriptor.from_tensor(w_FD, [cut.columns, cut.depth]),
         TensorDescriptor.from_tensor(h, [cut.rows, stripe]),
         packed, T, K=D, N=F, BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, S=stripe,
-        PRECISION=_precision(dtype), SIGNS=signs, num_warps=cut.warps, num_stages=cut.stages,
+        PRECISION=precision_of(dtype), SIGNS=signs, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     return h, packed
 
@@ -191,7 +183,7 @@ def up(n_TD: Tensor, w_FD: Tensor, signs: bool = True) -> tuple[Tensor, Tensor]:
 def down_backward(dy_TD: Tensor, w_DF: Tensor, h_TF: Tensor, signs: Tensor) -> Tensor:
     """Gradient of the pre-activation, [T, F]."""
     (T, D), F, dtype = dy_TD.shape, w_DF.shape[1], dy_TD.dtype
-    cut, stripe = DOWN_BACKWARD[_bits(dtype)], STRIPE_COLUMNS[dtype]
+    cut, stripe = DOWN_BACKWARD[bits_of(dtype)], STRIPE_COLUMNS[dtype]
     dp = torch.empty_like(h_TF)
     _down_backward[(triton.cdiv(T, cut.rows) * triton.cdiv(F, cut.columns),)](
         TensorDescriptor.from_tensor(dy_TD, [cut.rows, cut.depth]),
@@ -199,7 +191,7 @@ def down_backward(dy_TD: Tensor, w_DF: Tensor, h_TF: Tensor, signs: Tensor) -> T
         h_TF,
         TensorDescriptor.from_tensor(dp, [cut.rows, stripe]),
         signs, T, K=D, N=F, BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, S=stripe,
-        PRECISION=_precision(dtype), num_warps=cut.warps, num_stages=cut.stages,
+        PRECISION=precision_of(dtype), num_warps=cut.warps, num_stages=cut.stages,
         maxnreg=cut.registers,
     )  # fmt: skip
     return dp
