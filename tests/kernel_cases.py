@@ -307,7 +307,6 @@ def grouped_rows(
     depth: int,
     *,
     turned: bool,
-    add: bool,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Rows' products with two matrices of their document: the kernel's and the twin's."""
@@ -320,9 +319,9 @@ def grouped_rows(
     bank_rows = (3, 0, 1)[: len(lengths)]
     found, expected = start.to(device), start.float()
     stretches = Stretches.of(lengths, bank_rows, device)
-    grouped.rows(x.to(device), bank.to(device), found, jobs, stretches, turned=turned, add=add)
+    grouped.rows(x.to(device), bank.to(device), found, jobs, stretches, turned=turned)
     plain = Stretches.of(lengths, bank_rows)
-    rows_twin(x.float(), bank.float(), expected, jobs, plain, turned=turned, add=add)
+    rows_twin(x.float(), bank.float(), expected, jobs, plain, turned=turned)
     return found.cpu(), expected
 
 

@@ -55,12 +55,11 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize(("lengths", "columns", "depth"), SHAPES)
 def test_rows_are_their_twin(
-    dtype: torch.dtype, turned: bool, add: bool, lengths: tuple[int, ...], columns: int, depth: int
+    dtype: torch.dtype, turned: bool, lengths: tuple[int, ...], columns: int, depth: int
 ) -> None:
-    close(*grouped_rows(dtype, lengths, columns, depth, turned=turned, add=add, device="cuda"))
+    close(*grouped_rows(dtype, lengths, columns, depth, turned=turned, device="cuda"))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

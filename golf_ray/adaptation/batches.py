@@ -53,8 +53,8 @@ class Shape:
 
     @property
     def num_tiles(self) -> int:
-        """Most tiles that so many documents and tokens are cut into."""
-        return self.tokens // self.tile_rows + self.documents
+        """Most tiles that so many documents, and what fills up, are cut into."""
+        return self.tokens // self.tile_rows + self.documents + 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +129,11 @@ class HostBatch:
         scored = np.concatenate(([0], np.cumsum(counts)))
         tile_rows = tile_rows_of(lengths) if shape is None else shape.tile_rows
         tiles, spans = tables_of(lengths, rows, tile_rows)
+        if sum(fillers):
+            # Their results go nowhere, but must be numbers.
+            spare, _ = tables_of([sum(fillers)], [spare_row], tile_rows)
+            spare[:, :2] += sum(lengths)
+            tiles = np.concatenate([tiles, spare])
         last_tiles, last_spans = tables_of(counts, rows, tile_rows_of(counts))
         if shape is not None:
             bounds = _filled(bounds, shape.num_bounds, bounds[-1])

@@ -3,7 +3,8 @@
 The arithmetic is the forward's (bfloat16 on a GPU); parameters and moments are float32, and every
 step leaves a rounded copy, the *shadow*, that products read. What adapters of one input have in
 common is done together: the A of queries, keys, values and of attention's output are one product,
-and gradients meet inside of the products' kernels.
+and what adapters add is written first, for the large product to be added to it: one rounding where
+a product that is rounded already would swallow most of an adapter that has learned little yet.
 
 Adapters are no inputs of autograd. Each product that carries some writes their gradients where they
 belong when its own gradient comes by; an *anchor* that asks for a gradient makes it come by.
@@ -48,7 +49,7 @@ class _Jobs:
     low: tuple[RowsJob, ...]
     """x -> low."""
     expand: tuple[RowsJob, ...]
-    """low -> what is added to the outputs."""
+    """low -> what the outputs are added to."""
     back: tuple[RowsJob, ...]
     """Outputs' gradient -> low's."""
     to_input: tuple[RowsJob, ...]
@@ -244,16 +245,22 @@ def _back(
     grouped.rows(dy_TO, adapters.shadow_NP, dlow_TW, jobs.back, stretches, turned=True)
 
 
-def _to_input(
-    dlow_TW: Tensor,
-    dx_TI: Tensor,
-    adapters: FusedAdapters,
-    stretches: Stretches,
-    jobs: _Jobs,
-    *,
-    add: bool,
+def _expand(
+    low_TW: Tensor, features: int, adapters: FusedAdapters, stretches: Stretches, jobs: _Jobs
 ) -> Tensor:
-    grouped.rows(dlow_TW, adapters.shadow_NP, dx_TI, jobs.to_input, stretches, turned=True, add=add)
+    """What adapters add to outputs of so many features: nothing to those of none."""
+    whole = sum(job.columns for job in jobs.expand) == features
+    y_TO = (low_TW.new_empty if whole else low_TW.new_zeros)(low_TW.shape[0], features)
+    grouped.rows(low_TW, adapters.shadow_NP, y_TO, jobs.expand, stretches)
+    return y_TO
+
+
+def _to_input(
+    dlow_TW: Tensor, like_TI: Tensor, adapters: FusedAdapters, stretches: Stretches, jobs: _Jobs
+) -> Tensor:
+    """Gradient of the adapters' input."""
+    dx_TI = torch.empty_like(like_TI)
+    grouped.rows(dlow_TW, adapters.shadow_NP, dx_TI, jobs.to_input, stretches, turned=True)
     return dx_TI
 
 
@@ -263,11 +270,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, source, anchor, adapters, stretches, jobs, ahead):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
-        y = nn.functional.linear(x, w)
         inner = x if source is None else source
         low = _low(inner, adapters, stretches, jobs)
         if jobs.expand:
-            grouped.rows(low, adapters.shadow_NP, y, jobs.expand, stretches, add=True)
+            y = _expand(low, w.shape[0], adapters, stretches, jobs).addmm_(x, w.t())
+        else:
+            y = nn.functional.linear(x, w)
         ctx.save_for_backward(w, inner, low)
         ctx.others = adapters, stretches, jobs, ahead, source is not None
         return y, None if ahead is None else ahead.part(low)
@@ -291,11 +299,12 @@ class _Linear(torch.autograd.Function):
         grouped.sums(dlow, inner, adapters.grads_NP, jobs.sums_a, stretches)
         dx = dsource = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ w
-            if not apart:
-                _to_input(dlow, dx, adapters, stretches, jobs, add=True)
+            if apart:
+                dx = dy @ w
+            else:
+                dx = _to_input(dlow, inner, adapters, stretches, jobs).addmm_(dy, w)
         if apart and ctx.needs_input_grad[2]:
-            dsource = _to_input(dlow, torch.empty_like(inner), adapters, stretches, jobs, add=False)
+            dsource = _to_input(dlow, inner, adapters, stretches, jobs)
         return dx, None, dsource, None, None, None, None, None
 
 
@@ -304,8 +313,7 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, low, adapters, stretches, ahead):  # type: ignore[no-untyped-def]
-        y = nn.functional.linear(x, w)
-        grouped.rows(low, adapters.shadow_NP, y, ahead.jobs.expand, stretches, add=True)
+        y = _expand(low, w.shape[0], adapters, stretches, ahead.jobs).addmm_(x, w.t())
         ctx.save_for_backward(w, low)
         ctx.others = adapters, stretches, ahead
         return y
@@ -329,9 +337,9 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n, up, down, anchor, adapters, stretches, jobs):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
-        y, h, signs = forward_fused(n, up, down, gradient=any(ctx.needs_input_grad))
         low = _low(n, adapters, stretches, jobs)
-        grouped.rows(low, adapters.shadow_NP, y, jobs.expand, stretches, add=True)
+        added = _expand(low, down.shape[0], adapters, stretches, jobs)
+        y, h, signs = forward_fused(n, up, down, added, gradient=any(ctx.needs_input_grad))
         ctx.save_for_backward(n, up, down, h, signs, low)
         ctx.mark_non_differentiable(h)
         ctx.others = adapters, stretches, jobs
@@ -348,6 +356,6 @@ class _Mlp(torch.autograd.Function):
         grouped.sums(dlow, n, adapters.grads_NP, jobs.sums_a, stretches)
         dn = None
         if ctx.needs_input_grad[0]:
-            dn = input_gradient_fused(dy, n, up, down, h, signs)
-            _to_input(dlow, dn, adapters, stretches, jobs, add=True)
+            dn = _to_input(dlow, n, adapters, stretches, jobs)
+            dn = input_gradient_fused(dy, up, down, h, signs, dn)
         return dn, *[None] * 6

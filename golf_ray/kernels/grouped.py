@@ -4,7 +4,7 @@ A *bank* holds one row of parameters a document, all of its matrices one behind 
 a flat buffer fall to documents in stretches; each stretch meets the matrices of its own document
 and no other. A *job* says which columns of the buffers meet which matrix:
 
-    rows      out[t, n] (+)= sum_k x[t, k] M_doc(t)[n, k]        one job a block of columns
+    rows      out[t, n] = sum_k x[t, k] M_doc(t)[n, k]           one job a block of columns
     sums      grads_doc[a, b] = sum_t in doc u[t, a] w[t, b]
 
 Here are the descriptions, the twins in torch, and the choice between twin and kernel; the kernels
@@ -37,7 +37,7 @@ class Stretches:
     bank_rows: tuple[int, ...]
     """Its row of the bank."""
     num_rows: int
-    """Of the buffer; those behind the documents' meet no matrix."""
+    """Of the buffer. Those behind the documents' meet the tiles that say so, and enter no sum."""
     tile_rows: int
     """Rows of a tile at most; a tile never crosses documents."""
     tiles: Tensor
@@ -127,7 +127,6 @@ def rows_twin(
     stretches: Stretches,
     *,
     turned: bool,
-    add: bool,
 ) -> None:
     """The rows' products, document by document and job by job; see `rows`."""
     for rows, bank_row in zip(stretches.slices, stretches.bank_rows, strict=True):
@@ -136,8 +135,7 @@ def rows_twin(
             shape = (job.depth, job.columns) if turned else (job.columns, job.depth)
             matrix = flat.view(shape) if turned else flat.view(shape).t()
             product = x_TK[rows, job.x : job.x + job.depth] @ matrix
-            target = out_TO[rows, job.out : job.out + job.columns]
-            target.copy_(target + product if add else product)
+            out_TO[rows, job.out : job.out + job.columns].copy_(product)
 
 
 def sums_twin(
@@ -165,18 +163,16 @@ def rows(
     stretches: Stretches,
     *,
     turned: bool = False,
-    add: bool = False,
 ) -> None:
     """Write the products of rows with their document's matrices, as one kernel.
 
     Args:
         out_TO: result, changed in place.
         turned: a matrix lies as [depth, columns]; otherwise as [columns, depth].
-        add: add to what is there.
     """
     from golf_ray.kernels.triton import grouped
 
-    grouped.rows(x_TK, bank_NP, out_TO, tuple(jobs), stretches, turned=turned, add=add)
+    grouped.rows(x_TK, bank_NP, out_TO, tuple(jobs), stretches, turned=turned)
 
 
 def sums(

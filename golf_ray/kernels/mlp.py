@@ -53,17 +53,30 @@ def fits(model_dim: int, hidden: int, dtype: torch.dtype) -> bool:
 
 
 def forward_fused(
-    n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, *, gradient: bool
+    n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, onto_TD: Tensor, *, gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, D], activation [T, F] and its packed signs, for `input_gradient_fused`."""
-    return _mlp(n_TD.contiguous(), up_FD, down_DF, gradient)
+    """Output [T, D], activation [T, F] and its packed signs, for `input_gradient_fused`.
+
+    Args:
+        onto_TD: what the output is added to, in place.
+    """
+    from golf_ray.kernels.triton import mlp as kernels
+
+    h_TF, signs = kernels.up(n_TD.contiguous(), up_FD, signs=gradient)
+    return onto_TD.addmm_(h_TF, down_DF.t()), h_TF, signs
 
 
 def input_gradient_fused(
-    dy_TD: Tensor, n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, h_TF: Tensor, signs: Tensor
+    dy_TD: Tensor, up_FD: Tensor, down_DF: Tensor, h_TF: Tensor, signs: Tensor, onto_TD: Tensor
 ) -> Tensor:
-    """The gradient of n alone, [T, D]: the matrices are not trained."""
-    return _mlp_backward(dy_TD.contiguous(), n_TD, up_FD, down_DF, h_TF, signs, False)[0]
+    """The gradient of n alone, [T, D]: the matrices are not trained.
+
+    Args:
+        onto_TD: what it is added to, in place.
+    """
+    from golf_ray.kernels.triton import mlp as kernels
+
+    return onto_TD.addmm_(kernels.down_backward(dy_TD.contiguous(), down_DF, h_TF, signs), up_FD)
 
 
 def signs_shape(num_rows: int, hidden: int, dtype: torch.dtype) -> tuple[int, int, int]:
