@@ -38,6 +38,27 @@ def train(config: Config, folder: Path) -> Path:
     return folder / "final_model.pt"
 
 
+@pytest.fixture(scope="module")
+def packed(base: Config, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Its artifact, which comes out the same a second time."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    first, second = (quantize(trained, base, folder / f"{name}.ptz") for name in "ab")
+    assert first == second
+    return first
+
+
+def quantize(trained: Path, config: Config, out: Path) -> bytes:
+    return api.quantize(trained, config, out=out, plain=True).artifact.read_bytes()
+
+
+def test_the_same_training_gives_the_same_weights(
+    base: Config, trained: Path, tmp_path: Path
+) -> None:
+    before, _ = read_state(trained)
+    same, _ = read_state(train(base, tmp_path / "again"))
+    assert all(torch.equal(before[name], same[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     "change", [{"train.warmdown_frac": 0.4}, {"train.muon_momentum": 0.90}], ids=str
 )
@@ -47,21 +68,14 @@ def test_training_knobs_give_other_weights(
     before, _ = read_state(trained)
     after, _ = read_state(train(base.with_overrides(change), tmp_path / "run"))
     assert not torch.equal(before["qo_bank"], after["qo_bank"])
-    same, _ = read_state(train(base, tmp_path / "again"))
-    assert all(torch.equal(before[name], same[name]) for name in before)
 
 
 @pytest.mark.parametrize("group", ["mlp", "attention", "embedding"])
 def test_clip_sigmas_give_another_artifact(
-    base: Config, trained: Path, tmp_path: Path, group: str
+    base: Config, trained: Path, packed: bytes, tmp_path: Path, group: str
 ) -> None:
-    files = []
-    for name, change in (("a", {}), ("b", {}), ("c", {f"quantization.{group}_clip_sigmas": 9.0})):
-        made = api.quantize(
-            trained, base.with_overrides(change), out=tmp_path / f"{name}.ptz", plain=True
-        )
-        files.append(made.artifact.read_bytes())
-    assert files[0] == files[1] != files[2]
+    changed = base.with_overrides({f"quantization.{group}_clip_sigmas": 9.0})
+    assert quantize(trained, changed, tmp_path / "c.ptz") != packed
 
 
 def test_the_chunk_size_gives_another_score(base: Config, trained: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from reference import FOLDER, TRAIN_SHARDS, arrays, training_states
 from torch import Tensor
 
+from golf_ray.api.machine import cpu_threads
 from golf_ray.config import Config
 from golf_ray.errors import CheckpointError, ConfigError, TrainingFailed
 from golf_ray.model.checkpoint import read_state
@@ -70,13 +72,27 @@ def launch(
     ]
 
 
-def losses_of(folder: Path, config: Config, size: int) -> list[list[float]]:
-    """Losses and norms of all steps of a training with `size` ranks."""
-    for process in launch(folder, config, size):
+def losses_of(folder: Path, ranks: list[subprocess.Popen[bytes]]) -> list[list[float]]:
+    """Losses and norms of all steps of a training whose ranks were launched."""
+    for process in ranks:
         assert process.wait(timeout=240) == 0
-    ranks = [json.loads((folder / f"losses-{r}.json").read_text()) for r in range(size)]
-    assert all(other == ranks[0] for other in ranks), "ranks must see the same losses"
-    return ranks[0]
+    seen = [json.loads((folder / f"losses-{r}.json").read_text()) for r in range(len(ranks))]
+    assert all(other == seen[0] for other in seen), "ranks must see the same losses"
+    return seen[0]
+
+
+def losses_here(config: Config, resume: Path | None = None) -> list[list[float]]:
+    """The same of a training in this process, on as many threads as a rank has."""
+    recorder = Recorder()
+    initial = training_states()["init"] if config.model == TINY.model else None
+    with (
+        cpu_threads(1),
+        TrainingRun(config, TRAIN_SHARDS, reporter=recorder, initial=initial) as run,
+    ):
+        if resume is not None:
+            run.resume(resume)
+        run.run()
+    return [[i.step, i.train_loss_nats, i.grad_norm] for i in recorder.intervals]
 
 
 def distance(
@@ -118,14 +134,38 @@ def test_ten_steps_are_the_stored_ones(tmp_path: Path) -> None:
         assert apart["small"] <= 4e-2
 
 
-@pytest.mark.parametrize("clip_scope", ["micro_batch", "global"])
-def test_two_processes_train_as_one(tmp_path: Path, clip_scope: str) -> None:
-    config = TINY.with_overrides({**EVERY_STEP, "train.clip_scope": clip_scope})
-    one = losses_of(tmp_path / "one", config, 1)
-    two = losses_of(tmp_path / "two", config, 2)
+@dataclass(frozen=True)
+class Trained:
+    """One configuration, trained in this process and by two ranks that kept checkpoints."""
+
+    config: Config
+    one: list[list[float]]
+    two: list[list[float]]
+    checkpoints: Path
+
+
+@pytest.fixture(scope="module", params=["micro_batch", "global"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """For both scopes of clipping."""
+    config = TINY.with_overrides(
+        {**EVERY_STEP, "train.clip_scope": request.param, "train.checkpoint_every_steps": 5}
+    )
+    folder = tmp_path_factory.mktemp("two")
+    ranks = launch(folder, config, 2)
+    return Trained(config, losses_here(config), losses_of(folder, ranks), folder)
+
+
+def test_two_processes_train_as_one(trained: Trained) -> None:
+    one, two = trained.one, trained.two
     assert two[0][1] == pytest.approx(one[0][1], rel=1e-6)
     assert two[0][2] == pytest.approx(one[0][2], rel=1e-5)
     assert [s[1] for s in two] == pytest.approx([s[1] for s in one], rel=1e-4)
+
+
+def test_a_checkpoint_resumes_on_another_number_of_ranks(trained: Trained) -> None:
+    one = losses_here(trained.config, resume=trained.checkpoints / "000005")
+    assert [s[0] for s in one] == [6, 7, 8, 9, 10]
+    assert [s[1] for s in one] == pytest.approx([s[1] for s in trained.two[5:]], rel=1e-4)
 
 
 @pytest.mark.parametrize("num_layers", [6, 7])
@@ -140,8 +180,8 @@ def test_three_processes_share_six_micro_batches(tmp_path: Path, num_layers: int
             "model.num_layers": num_layers,
         }
     )
-    one = losses_of(tmp_path / "one", config, 1)
-    three = losses_of(tmp_path / "three", config, 3)
+    ranks = launch(tmp_path, config, 3)
+    one, three = losses_here(config), losses_of(tmp_path, ranks)
     assert three[0][1] == pytest.approx(one[0][1], rel=1e-6)
     assert [s[1] for s in three] == pytest.approx([s[1] for s in one], rel=1e-4)
 
@@ -154,16 +194,14 @@ def test_with_float32_iterations_processes_agree_ten_times_closer(tmp_path: Path
             "train.muon_newton_schulz_dtype": "float32",
         }
     )
-    one = losses_of(tmp_path / "one", config, 1)
-    two = losses_of(tmp_path / "two", config, 2)
+    ranks = launch(tmp_path, config, 2)
+    one, two = losses_here(config), losses_of(tmp_path, ranks)
     assert [s[1] for s in two] == pytest.approx([s[1] for s in one], rel=1e-5)
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     config = TINY.with_overrides({"train.checkpoint_every_steps": 2})
-    [process] = launch(tmp_path / "whole", config)
-    assert process.wait(timeout=120) == 0
-
+    [undisturbed] = launch(tmp_path / "whole", config)
     [process] = launch(tmp_path / "killed", config)
     first = tmp_path / "killed" / "000002"
     deadline = time.monotonic() + 120
@@ -178,22 +216,11 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
 
     [process] = launch(tmp_path / "resumed", config, resume=kept[-1])
     assert process.wait(timeout=120) == 0
+    assert undisturbed.wait(timeout=120) == 0
     whole, _ = read_state(tmp_path / "whole" / "000010" / FINAL_FILE)
     resumed, _ = read_state(tmp_path / "resumed" / "000010" / FINAL_FILE)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_a_checkpoint_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
-    config = TINY.with_overrides(
-        {**EVERY_STEP, "train.clip_scope": "micro_batch", "train.checkpoint_every_steps": 5}
-    )
-    two = losses_of(tmp_path / "two", config, 2)
-    [process] = launch(tmp_path / "one", config, resume=tmp_path / "two" / "000005")
-    assert process.wait(timeout=120) == 0
-    one = json.loads((tmp_path / "one" / "losses-0.json").read_text())
-    assert [s[0] for s in one] == [6, 7, 8, 9, 10]
-    assert [s[1] for s in one] == pytest.approx([s[1] for s in two[5:]], rel=1e-4)
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
