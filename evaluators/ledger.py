@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from golf_ray import fingerprint
 from golf_ray.adaptation.scores import ChunkEvent, DocumentScore
 from golf_ray.errors import StorageError, UsageError
 from trainers.storage import Storage
@@ -26,7 +27,10 @@ from trainers.storage import Storage
 VERSION = 1
 HEADER = "header.json"
 SEGMENTS = "segments"
+STATES = "states"
+"""Folder of documents that are half-way through, as `golf_ray.adaptation.state` has them."""
 SUFFIX = ".jsonl"
+STATE_SUFFIX = ".state"
 MOST_DIFFERENCES = 3
 """That an error names."""
 
@@ -78,6 +82,19 @@ class Ledger:
         self._segments.write_bytes(hashlib.sha256(content).hexdigest() + SUFFIX, content)
         self.scores.update({score.index: score for score in new})
 
+    def forget_state(self, index: int) -> None:
+        """Remove what is stored of a document half-way through: it is scored."""
+        self._storage.child(STATES).remove(f"{index}{STATE_SUFFIX}")
+
+    def forget_states(self) -> None:
+        """Remove all of that."""
+        self._storage.remove(STATES)
+
+    @property
+    def states_uri(self) -> str:
+        """Folder for states of documents."""
+        return self._storage.uri_of(STATES)
+
     def _check_header(self) -> bool:
         theirs = _header_in(self._storage)
         if theirs is None:
@@ -116,6 +133,19 @@ class Ledger:
         except (ValueError, TypeError, LookupError, AttributeError):
             self.troubles.append(f"{self._segments.uri_of(name)} holds what is no score")
             return []
+
+
+def ledger_folder(root: str, identity: Mapping[str, Any], *, alone: bool) -> str:
+    """Where the ledger of an evaluation is, below a folder that is given.
+
+    An evaluation that is alone has the folder itself; each of several has a folder in it, named by
+    what it is of, and keeps it when it is rerun alone.
+    """
+    name = fingerprint.of_value({"version": VERSION, **identity})
+    storage = Storage(root)
+    if alone and (storage.exists(HEADER) or not storage.child(name).exists(HEADER)):
+        return root
+    return storage.child(name).uri
 
 
 def read_header(where: str) -> dict[str, Any]:

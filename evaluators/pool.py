@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
 
@@ -31,12 +32,30 @@ from golf_ray.errors import ClusterError, EvaluationFailed, GolfRayError
 Payload = TypeVar("Payload")
 Result = TypeVar("Result")
 Factory = Callable[..., Any]
-"""Makes a worker, an object with `run_unit(payload)`, from the pool's parts."""
+"""Makes a worker from the pool's parts: an object with `run_unit(payload)`, and where it has them
+`prepared_s`, seconds that it took to make ready, and `check()`, which raises once it is broken."""
+
+OnResult = Callable[[Unit, Result, float], None]
+OnFailed = Callable[[Unit, EvaluationFailed], Iterable[Unit]]
 
 END_S = 10.0
 """Longest wait for a silent process to be ended on its node."""
 WAIT_S = 0.5
 """Longest pause between two looks at actors that may have fallen silent."""
+
+
+class Shared:
+    """A value in the object store, copied to a node when something there first asks for it.
+
+    To be made where Ray is connected; it may be part of what a pool's actors are given.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._ref = ray.put(value)
+
+    def get(self) -> Any:
+        """The value; arrays are views of the node's store."""
+        return ray.get(self._ref)
 
 
 class _Host:
@@ -56,8 +75,8 @@ class _Host:
         try:
             self._worker = factory(*parts)
         except Exception as error:
-            return {**place, "error": error, "traceback": traceback.format_exc()}
-        return place
+            return {**place, "error": _sendable(error), "traceback": traceback.format_exc()}
+        return {**place, "prepared_s": getattr(self._worker, "prepared_s", 0.0)}
 
     def run(self, payload: Any) -> dict[str, Any]:
         """Compute a unit; an error is a value, so that none is mistaken for the actor's end."""
@@ -65,12 +84,31 @@ class _Host:
         try:
             result = self._worker.run_unit(payload)
         except Exception as error:
-            return {"error": error, "traceback": traceback.format_exc()}
+            failed = {"error": _sendable(error), "traceback": traceback.format_exc()}
+            return {**failed, "broken": self._broken()}
         return {"result": result, "seconds": time.perf_counter() - began}
+
+    def _broken(self) -> str:
+        """Why no unit can go well here any more, as after an error of a GPU; empty if it may."""
+        try:
+            if hasattr(self._worker, "check"):
+                self._worker.check()
+        except Exception as error:
+            return f"{type(error).__name__}: {_short(error)}"
+        return ""
 
     @ray.method(concurrency_group="control")
     def ping(self) -> None:
         """Answer, also while a unit is computed."""
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {_short(error)}")
+    return error
 
 
 def _end_process(pid: int, began_unix_s: float) -> None:
@@ -106,6 +144,8 @@ class PoolReport:
     lost_actors: int
     start_s: float
     """From asking for actors to the first that was ready."""
+    prepare_s: float
+    """Of that, what an actor took at most to make its worker: weights, compilation."""
     wall_s: float
     """From then to the last result."""
     busy_s: float
@@ -117,6 +157,10 @@ class PoolReport:
     def efficiency(self) -> float:
         """Busy time over held time."""
         return self.busy_s / self.held_s if self.held_s else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "efficiency": self.efficiency}
 
 
 @dataclass(slots=True)
@@ -182,6 +226,7 @@ class WorkPool(Generic[Payload, Result]):
         self._next_number = 0
         self._began_s = 0.0
         self._first_ready_s: float | None = None
+        self._prepare_s = 0.0
         self._without_s = 0.0
         self._lost = 0
         self._busy_s = 0.0
@@ -210,7 +255,8 @@ class WorkPool(Generic[Payload, Result]):
         units: Mapping[Unit, Payload],
         *,
         describe: Callable[[Unit], str] = str,
-        on_result: Callable[[Unit, Result], None] | None = None,
+        on_result: OnResult[Result] | None = None,
+        on_failed: OnFailed | None = None,
         depth: int = 2,
     ) -> tuple[dict[Unit, Result], PoolReport]:
         """Compute all units, in any order.
@@ -218,15 +264,22 @@ class WorkPool(Generic[Payload, Result]):
         Args:
             units: payloads by unit, in the order in which they are to begin, the longest first.
             describe: a unit's name for people.
-            on_result: told of every result that counts, in this thread.
+            on_result: told of every result that counts and its seconds, in this thread.
+            on_failed: told of units that failed again and again, and says which others are of no
+                use any more; those have no result, and the rest goes on. None raises.
             depth: units in the hands of an actor at most.
 
         Raises:
-            GolfRayError: a unit raised it.
+            GolfRayError: a unit raised it; it concerns them all.
             EvaluationFailed: a unit failed again and again, or no actor is left.
             ClusterError: no actor could be started.
         """
-        return _Work(self, units, describe, on_result, depth).run()
+        return _Work(self, units, describe, on_result, on_failed, depth).run()
+
+    @property
+    def num_ready(self) -> int:
+        """Actors that are at work."""
+        return len(self._ready)
 
     # Actors -----------------------------------------------------------------------------------
 
@@ -292,19 +345,23 @@ class _Work(Generic[Payload, Result]):
         pool: WorkPool[Payload, Result],
         units: Mapping[Unit, Payload],
         describe: Callable[[Unit], str],
-        on_result: Callable[[Unit, Result], None] | None,
+        on_result: OnResult[Result] | None,
+        on_failed: OnFailed | None,
         depth: int,
     ) -> None:
         self._pool = pool
         self._units = units
         self._describe = describe
         self._on_result = on_result
+        self._on_failed = on_failed
         self._scheduler = Scheduler(list(units), depth=depth)
         self._results: dict[Unit, Result] = {}
         self._last_reason = ""
+        self._reasons: dict[Unit, str] = {}
+        self._num_failed = 0
 
     def run(self) -> tuple[dict[Unit, Result], PoolReport]:
-        """Until every unit has its result."""
+        """Until every unit has its result or is given up."""
         pool, scheduler = self._pool, self._scheduler
         for member in pool._ready:
             self._carry_out(scheduler.join(member.number))
@@ -314,8 +371,8 @@ class _Work(Generic[Payload, Result]):
                 kind, member = pool._pending.pop(ref)
                 self._handle(kind, member, ref)
             self._look_after_actors()
-            if scheduler.given_up is not None:
-                raise self._given_up(scheduler.given_up)
+            while self._num_failed < len(scheduler.given_up):
+                self._give_up(scheduler.given_up[self._num_failed])
         return self._results, self._report()
 
     def _handle(self, kind: str, member: _Member, ref: Any) -> None:
@@ -347,6 +404,7 @@ class _Work(Generic[Payload, Result]):
             ) from error
         pool = self._pool
         member.ready_s = time.perf_counter()
+        pool._prepare_s = max(pool._prepare_s, value["prepared_s"])
         if pool._first_ready_s is None:
             pool._first_ready_s = member.ready_s
         pool._tell("ready", member, f"{member.name} is ready")
@@ -360,14 +418,17 @@ class _Work(Generic[Payload, Result]):
             if counts:
                 self._results[unit] = value["result"]
                 if self._on_result is not None:
-                    self._on_result(unit, value["result"])
+                    self._on_result(unit, value["result"], value["seconds"])
             self._carry_out(actions)
             return
-        if isinstance(error, GolfRayError):
+        if isinstance(error, GolfRayError) and not isinstance(error, EvaluationFailed):
             raise error
-        self._last_reason = f"{type(error).__name__}: {_short(error)}"
-        self._pool._tell("retry", member, f"{self._describe(unit)} failed ({self._last_reason})")
+        reason = _reason(error)
+        self._last_reason = self._reasons[unit] = reason
+        self._pool._tell("retry", member, f"{self._describe(unit)} failed ({reason})")
         self._carry_out(self._scheduler.failed(member.number, unit))
+        if value["broken"]:
+            self._lost(member, f"can compute no more ({value['broken']})")
 
     def _lost(self, member: _Member, reason: str) -> None:
         pool = self._pool
@@ -376,6 +437,7 @@ class _Work(Generic[Payload, Result]):
         held = self._scheduler.held(member.number)
         over = f" over {self._describe(held[0])}" if held else ""
         self._last_reason = f"{member.name} {reason}"
+        self._reasons.update({unit: self._last_reason for unit in held[:1]})
         pool._dismiss(member)
         pool._lost += 1
         pool._tell("lost", member, f"{member.name} {reason}{over}")
@@ -427,13 +489,17 @@ class _Work(Generic[Payload, Result]):
                     with contextlib.suppress(RayError):
                         ray.cancel(ref)
 
-    def _given_up(self, given_up: GivenUp) -> EvaluationFailed:
+    def _give_up(self, given_up: GivenUp) -> None:
+        self._num_failed += 1
         how = "cost an actor each time" if given_up.lost_actors else "failed each time"
-        return EvaluationFailed(
+        error = EvaluationFailed(
             f"{self._describe(given_up.unit)} {how}, {given_up.times} times; the last: "
-            f"{self._last_reason}",
+            f"{self._reasons[given_up.unit]}",
             "no score is given for the rest alone; evaluate it in one process to see more",
         )
+        if self._on_failed is None:
+            raise error
+        self._carry_out(self._scheduler.abandon(self._on_failed(given_up.unit, error)))
 
     def _report(self) -> PoolReport:
         pool, now_s = self._pool, time.perf_counter()
@@ -446,6 +512,7 @@ class _Work(Generic[Payload, Result]):
             stolen=self._scheduler.stolen,
             lost_actors=pool._lost,
             start_s=first_s - pool._began_s,
+            prepare_s=pool._prepare_s,
             wall_s=now_s - first_s,
             busy_s=pool._busy_s,
             held_s=pool._held_s + held_s,
@@ -455,6 +522,12 @@ class _Work(Generic[Payload, Result]):
 def _number(action: Action) -> int:
     assert isinstance(action, (Start, Cancel)) and isinstance(action.actor, int)
     return action.actor
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, GolfRayError):
+        return error.problem
+    return f"{type(error).__name__}: {_short(error)}"
 
 
 def _short(error: BaseException) -> str:

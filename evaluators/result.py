@@ -6,6 +6,7 @@ without them. The actor pool gives the same type.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,25 @@ Weights = Literal["full", "int6"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LimitCheck:
+    """Whether an evaluation of the whole set would end in time."""
+
+    gpus: int
+    predicted_s: float
+    """On so many GPUs like those that were measured, by the cost model, without start-up."""
+    limit_s: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction is within the limit."""
+        return self.predicted_s <= self.limit_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**dataclasses.asdict(self), "fits": self.fits}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationResult:
     """The outcome of one evaluation."""
 
@@ -45,6 +65,10 @@ class EvaluationResult:
     """Scores in document order, for `ttt`."""
     estimate: Estimate | None = None
     """What they say of all documents, where they are a sample of `ttt`."""
+    actor_seconds: float | None = None
+    """Sum of the time that actors computed on it in this run; None for this process."""
+    limit: LimitCheck | None = None
+    """Of `ttt` on GPUs."""
 
     @property
     def whole(self) -> Score:
@@ -66,6 +90,10 @@ class EvaluationResult:
             "weights": self.weights,
             "seconds": self.seconds,
         }
+        if self.actor_seconds is not None:
+            data["actor_seconds"] = self.actor_seconds
+        if self.limit is not None:
+            data["limit"] = self.limit.to_dict()
         if self.estimate is not None:
             data["estimate"] = self.estimate.to_dict()
         if self.documents is not None:

@@ -4,8 +4,8 @@ Units go to actors in a given order, a few at a time, so that the next one is th
 When no unit is left to give out, an actor without work takes over one that another holds and has
 not begun. Whose result comes first counts; a unit is never counted twice.
 
-Invariant: while an actor is left and no unit has failed for good, every unit that has no result is
-either waiting or in some actor's hands.
+Invariant: while an actor is left, every unit that has no result and is not given up is waiting or
+in some actor's hands.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class Cancel:
 
 Action = Start | Cancel
 
+MOST_LOSSES = 4
+"""Of a unit, in times of what is allowed to one that alone loses actors."""
+
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
@@ -54,7 +57,8 @@ class Scheduler:
     Args:
         units: in the order in which they are to begin, the longest first.
         depth: units in the hands of an actor at most, the one it computes included.
-        max_losses: actors that a unit may lose before it is given up.
+        max_losses: actors that a unit may lose before it is given up; more where other units lose
+            theirs too, up to `MOST_LOSSES` times as many, for then it is hardly the unit.
         max_errors: errors that a unit may raise before it is given up.
     """
 
@@ -71,7 +75,9 @@ class Scheduler:
         self._losses: dict[Unit, int] = {}
         self._errors: dict[Unit, int] = {}
         self._finished: set[Unit] = set()
-        self.given_up: GivenUp | None = None
+        self._abandoned: set[Unit] = set()
+        self.given_up: list[GivenUp] = []
+        """Units that failed too often, in the order in which they did."""
         self.retried = 0
         """Units that were begun again after a loss or an error."""
         self.stolen = 0
@@ -79,8 +85,8 @@ class Scheduler:
 
     @property
     def done(self) -> bool:
-        """Whether every unit has its result."""
-        return len(self._finished) == len(self._order)
+        """Whether every unit has its result, or is given up."""
+        return len(self._finished) + len(self._abandoned) == len(self._order)
 
     @property
     def num_finished(self) -> int:
@@ -121,7 +127,7 @@ class Scheduler:
             whether it counts (it does not where another was first), and what to do.
         """
         self._drop(actor, unit)
-        counts = unit in self._order and unit not in self._finished
+        counts = unit in self._order and not self._settled(unit)
         actions: list[Action] = []
         if counts:
             self._finished.add(unit)
@@ -136,12 +142,12 @@ class Scheduler:
     def failed(self, actor: Actor, unit: Unit) -> list[Action]:
         """A unit raised an error on an actor, which goes on."""
         self._drop(actor, unit)
-        if unit in self._finished:
+        if self._settled(unit):
             return self._give_out()
         self._errors[unit] = self._errors.get(unit, 0) + 1
         if self._errors[unit] > self._max_errors:
-            self.given_up = GivenUp(unit, self._errors[unit], lost_actors=False)
-            return []
+            self._give_up(GivenUp(unit, self._errors[unit], lost_actors=False))
+            return self._give_out()
         self._return([unit])
         self.retried += 1
         return self._give_out(avoid=(actor, unit))
@@ -149,17 +155,37 @@ class Scheduler:
     def lost(self, actor: Actor) -> list[Action]:
         """An actor is gone, with what it held."""
         held = self._held.pop(actor, [])
-        if held and held[0] not in self._finished:
+        if held and not self._settled(held[0]):
             begun = held[0]
             self._losses[begun] = self._losses.get(begun, 0) + 1
             self.retried += 1
-            if self._losses[begun] > self._max_losses:
-                self.given_up = GivenUp(begun, self._losses[begun], lost_actors=True)
-                return []
+            if self._losses[begun] > self._losses_allowed(begun):
+                self._give_up(GivenUp(begun, self._losses[begun], lost_actors=True))
         self._return(held)
         return self._give_out()
 
+    def abandon(self, units: Iterable[Unit]) -> list[Action]:
+        """Units are no longer wanted; one that is being computed comes to nothing."""
+        dropped = {unit for unit in units if not self._settled(unit)}
+        self._abandoned |= dropped
+        self._waiting = deque(unit for unit in self._waiting if unit not in dropped)
+        cancels = [Cancel(a, u) for a, held in self._held.items() for u in held[1:] if u in dropped]
+        for cancel in cancels:
+            self._drop(cancel.actor, cancel.unit)
+        return [*cancels, *self._give_out()]
+
+    def _losses_allowed(self, unit: Unit) -> int:
+        others = sum(self._losses.values()) - self._losses[unit]
+        return min(self._max_losses + others // 2, MOST_LOSSES * self._max_losses)
+
     # Decisions ------------------------------------------------------------------------------
+
+    def _settled(self, unit: Unit) -> bool:
+        return unit in self._finished or unit in self._abandoned
+
+    def _give_up(self, given_up: GivenUp) -> None:
+        self.given_up.append(given_up)
+        self._abandoned.add(given_up.unit)
 
     def _drop(self, actor: Actor, unit: Unit) -> None:
         held = self._held.get(actor, [])
@@ -167,9 +193,9 @@ class Scheduler:
             held.remove(unit)
 
     def _return(self, units: Iterable[Unit]) -> None:
-        """Put units back where the order has them, unless they are finished or held elsewhere."""
+        """Put units back where the order has them, unless they are settled or held elsewhere."""
         elsewhere = {unit for held in self._held.values() for unit in held}
-        back = [u for u in units if u not in self._finished and u not in elsewhere]
+        back = [u for u in units if not self._settled(u) and u not in elsewhere]
         known = set(self._waiting)
         merged = sorted([*self._waiting, *(u for u in back if u not in known)], key=self._place)
         self._waiting = deque(merged)

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from golf_ray.api import audit, evaluate, open_weights, quantize, train
+    from golf_ray.api import audit, evaluate, evaluate_many, open_weights, quantize, train
     from golf_ray.config import Config
     from golf_ray.errors import GolfRayError
     from golf_ray.presets import preset
@@ -25,6 +25,7 @@ __all__ = [
     "__version__",
     "audit",
     "evaluate",
+    "evaluate_many",
     "open_weights",
     "preset",
     "quantize",
@@ -36,6 +37,7 @@ _HOMES = {
     "GolfRayError": "golf_ray.errors",
     "audit": "golf_ray.api",
     "evaluate": "golf_ray.api",
+    "evaluate_many": "golf_ray.api",
     "open_weights": "golf_ray.api",
     "preset": "golf_ray.presets",
     "quantize": "golf_ray.api",

@@ -470,7 +470,7 @@ class AdaptationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """Evaluation without adaptation."""
+    """Evaluation: how it is done without adaptation, and what it may take."""
 
     seq_len: int = 2048
     """Longest segment S in tokens."""
@@ -480,9 +480,13 @@ class EvaluationConfig:
     """Tokens between the starts of sliding windows."""
     threads: int = 1
     """CPU threads of one evaluating process; on a CPU part of the result's last bits."""
+    limit_s: float = 600.0
+    """Seconds that eight GPUs may take for an evaluation; one that would take longer is told so."""
 
     def __post_init__(self) -> None:
-        require_positive("evaluation", self, "seq_len", "batch_tokens", "stride", "threads")
+        require_positive(
+            "evaluation", self, "seq_len", "batch_tokens", "stride", "threads", "limit_s"
+        )
         require(
             self.batch_tokens % self.seq_len == 0,
             "evaluation.batch_tokens",

@@ -80,7 +80,7 @@ def test_version() -> None:
     ("argv", "expected"),
     [
         (["evil"], "No such command 'evil'"),
-        (["eval"], "Missing argument 'CHECKPOINT'; see 'golf-ray eval --help'"),
+        (["eval"], "Missing argument 'CHECKPOINT...'; see 'golf-ray eval --help'"),
         (["eval", "x.pt", "--methd", "ttt"], "No such option: --methd"),
         (["eval", "x.pt", "--method", "tt"], "'tt' is not one of"),
         (["eval", "x.pt", "--workers", "0"], "--workers"),

@@ -282,7 +282,7 @@ def test_a_simulation_is_a_function_of_its_seed() -> None:
 
 
 def test_units_of_documents_are_the_plan_on_a_gpu_and_the_groups_on_a_cpu() -> None:
-    from evaluators.ray_evaluation import document_units
+    from evaluators.jobs import document_units
     from golf_ray.adaptation.engine import group_documents
     from golf_ray.adaptation.scores import Document
 

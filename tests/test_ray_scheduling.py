@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluators.scheduling import Action, Cancel, Scheduler, Start
+from evaluators.scheduling import Action, Cancel, GivenUp, Scheduler, Start
 
 
 class Machine:
@@ -160,12 +160,28 @@ def test_of_a_lost_actor_exactly_the_begun_unit_is_done_again() -> None:
 def test_a_unit_that_costs_actors_is_given_up() -> None:
     scheduler = Scheduler([1], max_losses=2)
     for number in range(3):
-        assert scheduler.given_up is None
+        assert not scheduler.given_up
         scheduler.join(number)
         scheduler.lost(number)
-    assert scheduler.given_up is not None
-    assert (scheduler.given_up.unit, scheduler.given_up.times) == (1, 3)
-    assert scheduler.given_up.lost_actors
+    assert scheduler.given_up == [GivenUp(1, 3, lost_actors=True)] and scheduler.done
+
+
+def test_a_unit_is_given_more_tries_where_actors_die_over_others_too() -> None:
+    scheduler = Scheduler(list(range(12)), max_losses=2, depth=1)
+    for number in range(10):
+        # Every second death is over another unit, so the machines are to blame and not unit 0.
+        scheduler.join(("victim", number))
+        scheduler.join(("other", number))
+        assert scheduler.held(("victim", number)) == (0,)
+        scheduler.finished(("other", number), number + 1)
+        assert scheduler.held(("other", number)) == (number + 2,)
+        scheduler.lost(("other", number))
+        assert not scheduler.given_up, number
+        scheduler.lost(("victim", number))
+        if scheduler.given_up:
+            break
+    [given_up] = scheduler.given_up
+    assert given_up.unit == 0 and 5 <= given_up.times <= 9, "more than alone, and bounded"
 
 
 def test_a_unit_that_raises_is_tried_elsewhere_then_given_up() -> None:
@@ -174,9 +190,24 @@ def test_a_unit_that_raises_is_tried_elsewhere_then_given_up() -> None:
     scheduler.join("b")
     actions = scheduler.failed("a", 1)
     assert Start("b", 1) in actions and Start("a", 1) not in actions
-    assert scheduler.given_up is None
+    assert not scheduler.given_up
     scheduler.failed("b", 1)
-    assert scheduler.given_up is not None and not scheduler.given_up.lost_actors
+    assert scheduler.given_up == [GivenUp(1, 2, lost_actors=False)]
+    assert not scheduler.done, "the others go on"
+    scheduler.finished("a", 2)
+    scheduler.finished("b", 3)
+    assert scheduler.done and scheduler.num_finished == 2
+
+
+def test_what_is_no_longer_wanted_is_not_begun_and_counts_for_nothing() -> None:
+    scheduler = Scheduler([1, 2, 3, 4, 5])
+    scheduler.join("a")
+    assert scheduler.abandon([1, 2, 4]) == [Cancel("a", 2), Start("a", 3)]
+    assert scheduler.held("a") == (1, 3) and scheduler.waiting == (5,)
+    assert scheduler.finished("a", 1) == (False, [Start("a", 5)])
+    assert scheduler.failed("a", 3) == [Start("a", 3)]
+    assert scheduler.abandon([3]) == [Cancel("a", 3)]
+    assert scheduler.finished("a", 5)[0] and scheduler.done
 
 
 def test_a_result_after_the_loss_counts_all_the_same() -> None:

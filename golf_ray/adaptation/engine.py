@@ -261,6 +261,15 @@ class Engine:
         """Indices of the documents that hold a row."""
         return tuple(sorted(r.document.index for r in self._residents.values()))
 
+    def chunks_left(self) -> dict[int, int]:
+        """Chunks that are before the documents at work, by index: of those that have any."""
+        size = self.adaptation.chunk_size
+        left = {
+            r.document.index: -(-r.document.num_predictions // size) - len(r.trace)
+            for r in self._residents.values()
+        }
+        return {index: chunks for index, chunks in left.items() if chunks > 0}
+
     def _settings(self) -> str:
         adaptation = dataclasses.asdict(self.adaptation)
         kept = {name: value for name, value in adaptation.items() if name not in WITHOUT_EFFECT}
@@ -270,26 +279,33 @@ class Engine:
         self, documents: Sequence[Document], states: Sequence[DocumentState]
     ) -> dict[int, DocumentState]:
         places = {document.index: place for place, document in enumerate(documents)}
-        settings = self._settings() if states else ""
         for state in states:
             place = places.get(state.index)
-            if place is None or documents[place].num_predictions != state.num_predictions:
-                raise UsageError(
-                    f"a state of document {state.index} of {state.num_predictions} predictions "
-                    "belongs to none of the documents",
-                    "give states of the same data set",
-                )
-            if state.settings != settings:
-                raise UsageError(
-                    f"the state of document {state.index} was made under other settings",
-                    "evaluate under those, or delete it",
-                )
-            if not self._fits(state):
-                raise UsageError(
-                    f"the state of document {state.index} is not that of a document at work",
-                    "delete it; the document starts again",
-                )
+            self.check_state(state, None if place is None else documents[place])
         return {places[state.index]: state for state in states}
+
+    def check_state(self, state: DocumentState, document: Document | None) -> None:
+        """See that a document can go on from a state.
+
+        Raises:
+            UsageError: it is another document's, of other settings, or of no use.
+        """
+        if document is None or document.num_predictions != state.num_predictions:
+            raise UsageError(
+                f"a state of document {state.index} of {state.num_predictions} predictions "
+                "belongs to none of the documents",
+                "give states of the same data set",
+            )
+        if state.settings != self._settings():
+            raise UsageError(
+                f"the state of document {state.index} was made under other settings",
+                "evaluate under those, or delete it",
+            )
+        if not self._fits(state):
+            raise UsageError(
+                f"the state of document {state.index} is not that of a document at work",
+                "delete it; the document starts again",
+            )
 
     def _fits(self, state: DocumentState) -> bool:
         """Whether a state is what `state` gives: of whole chunks, with another one to come."""

@@ -48,13 +48,17 @@ class DocumentState:
     settings: str
     """Fingerprint of the settings that it was made under."""
 
-    def save(self, path: Path) -> None:
-        """Write it as a file, whole or not at all."""
+    def to_bytes(self) -> bytes:
+        """The content of such a file."""
         held: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
         buffer = io.BytesIO()
         torch.save({"version": VERSION, **held, "trace": [list(e) for e in self.trace]}, buffer)
         content = buffer.getvalue()
-        atomic_write_bytes(path, MAGIC + hashlib.sha256(content).digest() + content)
+        return MAGIC + hashlib.sha256(content).digest() + content
+
+    def save(self, path: Path) -> None:
+        """Write it as a file, whole or not at all."""
+        atomic_write_bytes(path, self.to_bytes())
 
     @staticmethod
     def load(path: Path) -> DocumentState:
@@ -63,8 +67,20 @@ class DocumentState:
         Raises:
             CheckpointError: it cannot be read, or is no document's state of this version.
         """
+        return DocumentState.of_bytes(read_bytes(path, str(path)), str(path))
+
+    @staticmethod
+    def of_bytes(data: bytes, name: str) -> DocumentState:
+        """What `to_bytes` gave.
+
+        Args:
+            name: what the error calls it.
+
+        Raises:
+            CheckpointError: it is no document's state of this version.
+        """
         try:
-            held = load_tensors(_content(read_bytes(path, str(path))), str(path))
+            held = load_tensors(_content(data), name)
             if held.pop("version") != VERSION:
                 raise ValueError("of another version")
             held["trace"] = tuple(tuple(event) for event in held["trace"])
@@ -75,7 +91,7 @@ class DocumentState:
             raise
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} is no state of a document ({error})",
+                f"{name} is no state of a document ({error})",
                 "delete it; the document starts again",
             ) from None
 

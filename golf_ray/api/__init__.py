@@ -9,7 +9,15 @@ they carry, unless that is forced; a configuration that came out of a file never
 """
 
 from golf_ray.api.auditing import LedgerAudit, audit
-from golf_ray.api.evaluating import Evaluation, Method, evaluate, validation_stream
+from golf_ray.api.evaluating import (
+    Evaluation,
+    Evaluations,
+    FailedEvaluation,
+    Method,
+    evaluate,
+    evaluate_many,
+    validation_stream,
+)
 from golf_ray.api.machine import cpu_count, cpu_threads, fitted_to_machine, pick_device
 from golf_ray.api.quantizing import Quantization, default_artifact, quantize
 from golf_ray.api.training import Training, read_run_config, train
@@ -17,6 +25,8 @@ from golf_ray.api.weights import StoredWeights, config_for, open_weights, requir
 
 __all__ = [
     "Evaluation",
+    "Evaluations",
+    "FailedEvaluation",
     "LedgerAudit",
     "Method",
     "Quantization",
@@ -28,6 +38,7 @@ __all__ = [
     "cpu_threads",
     "default_artifact",
     "evaluate",
+    "evaluate_many",
     "fitted_to_machine",
     "open_weights",
     "pick_device",

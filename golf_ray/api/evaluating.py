@@ -1,11 +1,16 @@
-"""Evaluation as one call: weights, validation stream, method; in this process or on Ray."""
+"""Evaluation as one call: weights, validation stream, method; in this process or on Ray.
+
+Several checkpoints under several settings are one call too: they share a pool of actors, and what
+becomes of one says nothing of the others.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,17 +18,18 @@ from golf_ray.api.machine import connected, cpu_threads, pick_device
 from golf_ray.api.quantizing import Phase, Quantization, default_artifact, quantize
 from golf_ray.api.weights import StoredWeights, config_for, open_weights, opened
 from golf_ray.config import Config
-from golf_ray.errors import UsageError
+from golf_ray.errors import EvaluationFailed, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from evaluators.ledger import Ledger
     from evaluators.packed import Progress
-    from evaluators.pool import PoolEvent
+    from evaluators.pool import PoolEvent, PoolReport
     from evaluators.result import EvaluationResult
+    from evaluators.watch import OnStatus
     from golf_ray.adaptation.engine import AdapterInit
     from golf_ray.data.tokenizer import ByteTables
     from golf_ray.quantization.sizes import Sizes
@@ -47,10 +53,14 @@ class Evaluation:
     """Of the artifact, where one was scored."""
     quantization: Quantization | None = None
     """Where the artifact was made on the way."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the configuration that were varied, by path."""
 
     def to_dict(self, *, per_document: bool = False) -> dict[str, Any]:
         """Plain data for JSON."""
         data: dict[str, Any] = {"checkpoint": str(self.checkpoint)}
+        if self.settings:
+            data["settings"] = dict(self.settings)
         data.update(self.result.to_dict(per_document=per_document))
         data.update({"device": self.device, "workers": self.workers})
         if self.sizes is not None:
@@ -58,6 +68,45 @@ class Evaluation:
         if self.quantization is not None:
             data["quantization"] = self.quantization.to_dict()
         return data
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedEvaluation:
+    """One of several evaluations that has no score."""
+
+    checkpoint: Path
+    settings: Mapping[str, Any]
+    weights: Literal["full", "int6"]
+    error: EvaluationFailed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        data: dict[str, Any] = {"checkpoint": str(self.checkpoint)}
+        if self.settings:
+            data["settings"] = dict(self.settings)
+        return {**data, "weights": self.weights, "error": str(self.error)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluations:
+    """What became of several evaluations, and of the pool that they shared."""
+
+    outcomes: tuple[Evaluation | FailedEvaluation, ...]
+    """Checkpoint by checkpoint, and for each setting by setting."""
+    report: PoolReport | None
+    """None in this process, and where everything was in ledgers already."""
+
+    @property
+    def failed(self) -> tuple[FailedEvaluation, ...]:
+        """Those without a score."""
+        return tuple(one for one in self.outcomes if isinstance(one, FailedEvaluation))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "evaluations": [one.to_dict() for one in self.outcomes],
+            "pool": None if self.report is None else self.report.to_dict(),
+        }
 
 
 def evaluate(
@@ -73,7 +122,9 @@ def evaluate(
     force: bool = False,
     progress: Progress | None = None,
     quantize_progress: Phase | None = None,
+    on_status: OnStatus | None = None,
     on_event: OnEvent | None = None,
+    on_report: Callable[[PoolReport], None] | None = None,
     tell: Callable[[str], None] | None = None,
     ledger: str | Path | None = None,
 ) -> Evaluation:
@@ -88,10 +139,12 @@ def evaluate(
         workers: Ray actors to share the work; None computes in this process.
         address: of a running Ray cluster, for workers.
         force: allow a model configuration other than the carried one.
-        progress: told of every batch, or document of `ttt`.
+        progress: told, in this process, of every batch, or document of `ttt`.
         quantize_progress: told how quantisation goes on.
+        on_status: told, with workers, of every result.
         on_event: told of actors that are lost, and of what is done about it.
-        tell: told, in this process, how many documents `ttt` takes at a time, and of a lack of
+        on_report: told how the actors' work went.
+        tell: told how many documents `ttt` takes at a time in this process, and of a lack of
             memory; and what a ledger holds.
         ledger: folder or URI where `ttt` keeps what is scored: with the same one again it does
             only what is missing.
@@ -101,35 +154,87 @@ def evaluate(
     """
     weights = opened(checkpoint)
     config = config_for(weights, config, force=force)
-    if adapter_init is not None and method != "ttt":
-        raise UsageError(f"adapters have no part in '{method}' evaluation", "use --method ttt")
-    if ledger is not None and method != "ttt":
-        raise UsageError(f"'{method}' evaluation keeps no ledger", "use --method ttt")
+    run = _Run(
+        method=method, workers=workers, address=address, adapters=adapter_init, progress=progress,
+        on_status=on_status, on_event=on_event, on_report=on_report, tell=tell,
+    )  # fmt: skip
+    _check_fits(run, ledger)
     # What cannot be scored is found out before minutes of quantisation.
-    tokens, tables = validation_stream(config)
-    job = _Job(
-        config=config,
-        method=method,
-        tokens=tokens,
-        tables=tables,
-        adapters=None if adapter_init is None else _read_adapters(Path(adapter_init), config),
-        workers=workers,
-        address=address,
-        progress=progress,
-        on_event=on_event,
-        tell=tell,
-        ledger=None if ledger is None else str(ledger),
-        adapter_file=None if adapter_init is None else Path(adapter_init),
-    )
+    task = run.task(weights, config, {})
     if not quantize_first:
-        return _score(weights, job)
+        return _only(run, task, ledger)
     with tempfile.TemporaryDirectory(prefix="golf-ray-") as folder:
         kept = None if artifact is None else Path(artifact)
         target = kept or Path(folder) / default_artifact(weights.path).name
         made = quantize(weights, config, out=target, force=force, progress=quantize_progress)
-        scored = _score(open_weights(target), job)
+        scored = _only(run, dataclasses.replace(task, weights=open_weights(target)), ledger)
     made = dataclasses.replace(made, artifact=kept)
     return dataclasses.replace(scored, checkpoint=weights.path, quantization=made)
+
+
+def evaluate_many(
+    checkpoints: Sequence[str | Path | StoredWeights],
+    config: Config | Sequence[Config] | None = None,
+    *,
+    vary: Mapping[str, Sequence[Any]] | None = None,
+    method: Method = "ttt",
+    adapter_init: str | Path | None = None,
+    workers: int | None = None,
+    address: str | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    on_status: OnStatus | None = None,
+    on_event: OnEvent | None = None,
+    tell: Callable[[str], None] | None = None,
+    ledger: str | Path | None = None,
+) -> Evaluations:
+    """Score checkpoints under settings, every one under every combination, with one pool.
+
+    Args:
+        config: one for all, one for each, or None for those that the checkpoints carry.
+        vary: values by path of a field, such as {"adaptation.chunk_size": [32, 48]}.
+        ledger: folder or URI in which each evaluation has a ledger of its own.
+        method, adapter_init, workers, address, force, progress, on_status, on_event, tell: as for
+            `evaluate`.
+
+    Raises:
+        GolfRayError: something given cannot be used. What cannot be scored to the end is among
+            the outcomes instead.
+    """
+    reports: list[PoolReport] = []
+    run = _Run(
+        method=method, workers=workers, address=address, adapters=adapter_init, progress=progress,
+        on_status=on_status, on_event=on_event, on_report=reports.append, tell=tell,
+    )  # fmt: skip
+    _check_fits(run, ledger)
+    tasks = []
+    for place, checkpoint in enumerate(checkpoints):
+        weights = opened(checkpoint)
+        given = config if config is None or isinstance(config, Config) else config[place]
+        base = config_for(weights, given, force=force)
+        for settings in combinations(vary or {}):
+            changed = config_for(weights, base.with_overrides(settings), force=force)
+            tasks.append(run.task(_shed(weights), changed, settings))
+    if not tasks:
+        raise UsageError("no checkpoint was given", "name one or more")
+    outcomes = run.outcomes(tasks, ledger)
+    return Evaluations(outcomes=tuple(outcomes), report=reports[0] if reports else None)
+
+
+def combinations(vary: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of values, the last field varying fastest.
+
+    Raises:
+        UsageError: a field has no value, or one twice.
+    """
+    for name, values in vary.items():
+        if not values or len({str(value) for value in values}) < len(values):
+            raise UsageError(
+                f"{name} is to vary over {', '.join(map(str, values)) or 'nothing'}",
+                "give it one or more values, each once",
+            )
+    for chosen in itertools.product(*vary.values()):
+        yield dict(zip(vary, chosen, strict=True))
 
 
 def validation_stream(config: Config) -> tuple[NDArray[np.uint16], ByteTables]:
@@ -168,127 +273,232 @@ def identity_of(weights: StoredWeights, config: Config) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    """What to score, on what and how; all but the weights."""
+class _Task:
+    """One evaluation."""
 
+    weights: StoredWeights
     config: Config
-    method: Method
+    settings: Mapping[str, Any]
     tokens: NDArray[np.uint16]
     tables: ByteTables
     adapters: AdapterInit | None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        varied = " ".join(f"{path.split('.')[-1]}={value}" for path, value in self.settings.items())
+        return f"{self.weights.path} {varied}".rstrip()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """How tasks are to be done."""
+
+    method: Method
     workers: int | None
     address: str | None
+    adapters: str | Path | None
     progress: Progress | None
+    on_status: OnStatus | None
     on_event: OnEvent | None
+    on_report: Callable[[PoolReport], None] | None
     tell: Callable[[str], None] | None
-    ledger: str | None
-    adapter_file: Path | None
+    streams: dict[tuple[Any, int], tuple[NDArray[np.uint16], ByteTables]] = field(
+        default_factory=dict
+    )
+    """Validation streams that are read."""
 
+    def task(self, weights: StoredWeights, config: Config, settings: Mapping[str, Any]) -> _Task:
+        """A task, with all that it reads but the weights."""
+        key = config.data, config.model.vocab_size
+        if key not in self.streams:
+            self.streams[key] = validation_stream(config)
+        tokens, tables = self.streams[key]
+        adapters = None if self.adapters is None else _read_adapters(Path(self.adapters), config)
+        return _Task(
+            weights=weights,
+            config=config,
+            settings=settings,
+            tokens=tokens,
+            tables=tables,
+            adapters=adapters,
+        )
 
-def _ledger(weights: StoredWeights, job: _Job) -> Ledger | None:
-    """The job's ledger, under what its scores follow from."""
-    if job.ledger is None:
-        return None
-    import torch
+    def outcomes(
+        self, tasks: Sequence[_Task], folder: str | Path | None
+    ) -> list[Evaluation | FailedEvaluation]:
+        """Of each task what it says, or why it says nothing.
 
-    from evaluators.ledger import Ledger
-    from golf_ray import __version__, fingerprint
-    from golf_ray.adaptation.engine import WITHOUT_EFFECT
-    from golf_ray.model.compute import compute_dtype
+        Args:
+            folder: where ledgers are kept.
+        """
+        # Opened before anything starts: one may be another evaluation's.
+        kept = [self._ledger(task, folder, alone=len(tasks) == 1) for task in tasks]
+        pairs = list(zip(tasks, kept, strict=True))
+        found = self._here(pairs) if self.workers is None else self._on_ray(pairs)
+        return [self._outcome(task, one) for task, one in zip(tasks, found, strict=True)]
 
-    config = job.config
-    here = job.workers is None
-    device = pick_device(config).type if here else _device_of_actors(config)
-    settings = dataclasses.asdict(config.adaptation)
-    ledger = Ledger(
-        job.ledger,
-        {
+    def _outcome(
+        self, task: _Task, found: EvaluationResult | EvaluationFailed
+    ) -> Evaluation | FailedEvaluation:
+        from golf_ray.quantization.sizes import sizes_of
+
+        weights = task.weights
+        if isinstance(found, EvaluationFailed):
+            return FailedEvaluation(
+                checkpoint=weights.path, settings=task.settings, weights=weights.kind, error=found
+            )
+        size = weights.model_bytes
+        return Evaluation(
+            checkpoint=weights.path,
+            result=found,
+            device=self._device(task.config),
+            workers=self.workers,
+            sizes=None if size is None else sizes_of(size, task.config),
+            settings=task.settings,
+        )
+
+    def _device(self, config: Config) -> str:
+        if self.workers is None:
+            return pick_device(config).type
+        from evaluators.ray_evaluation import device_of_actors
+
+        return device_of_actors(config.cluster)
+
+    def _ledger(self, task: _Task, folder: str | Path | None, *, alone: bool) -> Ledger | None:
+        """The task's ledger, under what its scores follow from."""
+        if folder is None:
+            return None
+        import torch
+
+        from evaluators.ledger import Ledger, ledger_folder
+        from golf_ray import __version__, fingerprint
+        from golf_ray.adaptation.engine import WITHOUT_EFFECT
+        from golf_ray.model.compute import compute_dtype
+
+        config = task.config
+        settings = dataclasses.asdict(config.adaptation)
+        identity = {
             "golf_ray": __version__,
-            **identity_of(weights, config),
+            **identity_of(task.weights, config),
             "adaptation": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
-            "adapters": job.adapter_file and fingerprint.of_file(job.adapter_file),
-            "arithmetic": str(compute_dtype(config, torch.device(device))),
-            **digests_of_data(job.tokens, job.tables),
-        },
-    )
-    if job.tell is not None:
-        for line in ledger.troubles:
-            job.tell(line)
-        if ledger.scores:
-            job.tell(f"{len(ledger.scores):,} documents are in {ledger.uri} already")
-    return ledger
+            "adapters": None if self.adapters is None else fingerprint.of_file(Path(self.adapters)),
+            "arithmetic": str(compute_dtype(config, torch.device(self._device(config)))),
+            **digests_of_data(task.tokens, task.tables),
+        }
+        ledger = Ledger(ledger_folder(str(folder), identity, alone=alone), identity)
+        if self.tell is not None:
+            for line in ledger.troubles:
+                self.tell(line)
+            if ledger.scores:
+                self.tell(f"{len(ledger.scores):,} documents are in {ledger.uri} already")
+        return ledger
+
+    def _here(
+        self, tasks: Sequence[tuple[_Task, Ledger | None]]
+    ) -> list[EvaluationResult | EvaluationFailed]:
+        found: list[EvaluationResult | EvaluationFailed] = []
+        for task, ledger in tasks:
+            try:
+                found.append(self._one_here(task, ledger))
+            except EvaluationFailed as error:
+                found.append(error)
+        return found
+
+    def _one_here(self, task: _Task, ledger: Ledger | None) -> EvaluationResult:
+        from evaluators.result import evaluate as evaluate_here
+        from golf_ray.model.checkpoint import build_model
+        from golf_ray.model.compute import choose_compute
+
+        config, device = task.config, pick_device(task.config)
+        with cpu_threads(config.evaluation.threads):
+            return evaluate_here(
+                build_model(
+                    config.model,
+                    _state_of(task.weights, config)(),
+                    device=device,
+                    compute=choose_compute(config, device),
+                ),
+                config,
+                self.method,
+                tokens=task.tokens,
+                tables=task.tables,
+                weights=task.weights.kind,
+                adapter_init=task.adapters,
+                progress=self.progress,
+                tell=self.tell,
+                ledger=ledger,
+            )
+
+    def _on_ray(
+        self, tasks: Sequence[tuple[_Task, Ledger | None]]
+    ) -> list[EvaluationResult | EvaluationFailed]:
+        from evaluators.jobs import Job
+        from evaluators.ray_evaluation import evaluate_jobs_on_ray
+        from golf_ray.resources import evaluation_bundles
+
+        config = tasks[0][0].config
+        assert self.workers is not None
+        if any(task.config.cluster != config.cluster for task, _ in tasks):
+            raise UsageError(
+                "evaluations that share actors ask for different clusters",
+                "give the same --set cluster.* to all of them",
+            )
+        # One function for all settings of a checkpoint: its weights are shared then.
+        states: dict[Path, Callable[[], Mapping[str, Tensor]]] = {}
+        jobs = [
+            Job(
+                name=task.name,
+                state=states.setdefault(task.weights.path, _state_of(task.weights, task.config)),
+                weights=task.weights.kind,
+                config=task.config,
+                method=self.method,
+                tokens=task.tokens,
+                tables=task.tables,
+                adapter_init=task.adapters,
+                ledger=ledger,
+            )
+            for task, ledger in tasks
+        ]
+        bundles = evaluation_bundles(config, self.workers)
+        with connected(self.address, bundles, "PACK", "evaluation"):
+            return evaluate_jobs_on_ray(
+                jobs,
+                num_actors=self.workers,
+                on_status=self.on_status,
+                on_event=self.on_event,
+                on_report=self.on_report,
+            )
 
 
-def _score(weights: StoredWeights, job: _Job) -> Evaluation:
-    from golf_ray.quantization.sizes import sizes_of
-
-    here = job.workers is None
-    device = pick_device(job.config)
-    size = weights.model_bytes
-    return Evaluation(
-        checkpoint=weights.path,
-        result=_score_here(weights, job, device) if here else _score_on_ray(weights, job),
-        device=device.type if here else _device_of_actors(job.config),
-        workers=job.workers,
-        sizes=None if size is None else sizes_of(size, job.config),
-    )
+def _only(run: _Run, task: _Task, ledger: str | Path | None) -> Evaluation:
+    [outcome] = run.outcomes([task], ledger)
+    if isinstance(outcome, FailedEvaluation):
+        raise outcome.error
+    return outcome
 
 
-def _score_here(weights: StoredWeights, job: _Job, device: torch.device) -> EvaluationResult:
-    from evaluators.result import evaluate as evaluate_here
-    from golf_ray.model.checkpoint import build_model
-    from golf_ray.model.compute import choose_compute
-
-    model = job.config.model
-    with cpu_threads(job.config.evaluation.threads):
-        return evaluate_here(
-            build_model(
-                model,
-                weights.state(model),
-                device=device,
-                compute=choose_compute(job.config, device),
-            ),
-            job.config,
-            job.method,
-            tokens=job.tokens,
-            tables=job.tables,
-            weights=weights.kind,
-            adapter_init=job.adapters,
-            progress=job.progress,
-            tell=job.tell,
-            ledger=_ledger(weights, job),
-        )
+def _check_fits(run: _Run, ledger: str | Path | None) -> None:
+    """See that what is asked for is the method's."""
+    if run.adapters is not None and run.method != "ttt":
+        raise UsageError(f"adapters have no part in '{run.method}' evaluation", "use --method ttt")
+    if ledger is not None and run.method != "ttt":
+        raise UsageError(f"'{run.method}' evaluation keeps no ledger", "use --method ttt")
 
 
-def _score_on_ray(weights: StoredWeights, job: _Job) -> EvaluationResult:
-    from evaluators.ray_evaluation import evaluate_on_ray
-    from golf_ray.resources import evaluation_bundles
-
-    # Opened before anything starts: it may be another evaluation's.
-    ledger = _ledger(weights, job)
-    state = weights.state(job.config.model)
-    bundles = evaluation_bundles(job.config, job.workers)
-    with connected(job.address, bundles, "PACK", "evaluation"):
-        return evaluate_on_ray(
-            state,
-            job.config,
-            job.method,
-            tokens=job.tokens,
-            tables=job.tables,
-            weights=weights.kind,
-            num_actors=job.workers,
-            adapter_init=job.adapters,
-            progress=job.progress,
-            on_event=job.on_event,
-            ledger=ledger,
-        )
+def _shed(weights: StoredWeights) -> StoredWeights:
+    """The same without its tensors: those of many files do not lie in memory side by side."""
+    return dataclasses.replace(weights, tensors={}, kinds={})
 
 
-def _device_of_actors(config: Config) -> str:
-    cluster = config.cluster
-    if cluster.device == "auto":
-        return "cuda" if cluster.gpus_per_worker > 0 else "cpu"
-    return cluster.device
+def _state_of(weights: StoredWeights, config: Config) -> Callable[[], Mapping[str, Tensor]]:
+    """Gives the banked state dict, read anew where the tensors were shed."""
+
+    def state() -> Mapping[str, Tensor]:
+        whole = weights if weights.tensors else open_weights(weights.path)
+        return whole.state(config.model)
+
+    return state
 
 
 def _read_adapters(path: Path, config: Config) -> AdapterInit:

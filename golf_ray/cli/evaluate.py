@@ -1,9 +1,12 @@
-"""`golf-ray eval`: score a checkpoint or an artifact."""
+"""`golf-ray eval`: score checkpoints and artifacts."""
 
 from __future__ import annotations
 
 import enum
 import json
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,19 +27,24 @@ from golf_ray.cli.options import (
     resolve_config,
 )
 from golf_ray.cli.output import (
+    Bar,
+    clock,
     count,
     duration,
     number_of,
+    plain_table,
     print_json,
     print_report,
     progress_bar,
     sizes_line,
 )
-from golf_ray.errors import UsageError
+from golf_ray.errors import EvaluationFailed, UsageError
 from golf_ray.records import make_folder
 
 if TYPE_CHECKING:
-    from golf_ray.api import Evaluation, StoredWeights
+    from evaluators.pool import PoolReport
+    from evaluators.watch import Status
+    from golf_ray.api import Evaluation, Evaluations, FailedEvaluation, StoredWeights
     from golf_ray.config import Config
     from golf_ray.metric import Score
 
@@ -45,6 +53,7 @@ EXAMPLES = examples(
     "golf-ray eval runs/first/final_model.pt --method ttt --workers 2",
     "golf-ray eval runs/first/final_model.pt --method ttt --sample 2000",
     "golf-ray eval runs/first --method ttt --ledger scores/first --workers 8",
+    "golf-ray eval runs/*/a.ptz --method ttt --vary adaptation.chunk_size=32,48",
     "golf-ray eval runs/first/final_model.pt --quantize --artifact a.int6.ptz",
     "golf-ray eval final_model.int6.ptz --upstream-config train.log --json",
 )
@@ -58,11 +67,16 @@ class Method(enum.StrEnum):
     TTT = "ttt"
 
 
+SAY_S = 60.0
+"""Seconds between two lines on how it goes, where there is no terminal for a bar."""
+
+
 def evaluate(
-    checkpoint: Annotated[
-        Path,
+    checkpoints: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="CHECKPOINT", help="A state dict (.pt), an artifact (.ptz) or a run's folder."
+            metavar="CHECKPOINT...",
+            help="State dicts (.pt), artifacts (.ptz) or folders of runs.",
         ),
     ],
     method: Annotated[
@@ -98,6 +112,13 @@ def evaluate(
             help="Keep ttt's scores there as they come: the same command again goes on.",
         ),
     ] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="A.B=V,W",
+            help="Score under each of these values; several of these options are a grid.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Share the work among N Ray actors; else here."),
@@ -112,10 +133,11 @@ def evaluate(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Score a checkpoint or an artifact on validation text.
+    """Score checkpoints and artifacts on validation text.
 
     A checkpoint of golf_ray carries its configuration; a public one needs it from you. Where
-    both are there and disagree about the model, it is refused, unless forced.
+    both are there and disagree about the model, it is refused, unless forced. Several checkpoints
+    and settings share one pool of actors and end in one table.
     """
     if sample is not None:
         assignments = [*(assignments or ()), f"adaptation.sample_documents={sample}"]
@@ -136,40 +158,194 @@ def evaluate(
         raise UsageError("only ttt keeps a ledger", "add --method ttt")
     if address is not None and workers is None:
         raise UsageError("--address joins a cluster for workers", "add --workers N")
+    grid = _grid(vary or ())
+    several = len(checkpoints) > 1 or bool(grid)
+    if several and (quantize or per_document is not None):
+        given = "--quantize" if quantize else "--per-document"
+        raise UsageError(f"{given} is for one checkpoint", "evaluate them one by one")
 
     from golf_ray import api
 
-    weights = api.open_weights(checkpoint)
+    opened = [api.open_weights(path) for path in checkpoints]
+    configs = [resolved_for(weights, options) for weights in opened]
     if per_document is not None:
         make_folder(per_document.parent)
+    reports: list[PoolReport] = []
     with progress_bar() as bar:
         bar.update("starting", 0, 0)
+        on_status = _telling(bar, method.value)
 
         def scoring(done: int, total: int, score: Score) -> None:
             bar.update(method.value, done, total, f"{score.bpb:.4f} bpb so far")
 
-        done = api.evaluate(
-            weights,
-            resolved_for(weights, options),
-            method=method.value,
-            quantize_first=quantize,
-            artifact=artifact,
-            adapter_init=adapter_init,
-            workers=workers,
-            address=address,
-            force=force,
-            progress=scoring,
-            quantize_progress=bar.phase,
-            on_event=lambda event: bar.say(event.message) if event.kind != "ready" else None,
-            tell=bar.say,
-            ledger=ledger,
-        )
+        def happened(event: Any) -> None:
+            if event.kind != "ready":
+                bar.say(event.message)
+
+        if several:
+            many = api.evaluate_many(
+                opened,
+                configs,
+                vary=grid,
+                method=method.value,
+                adapter_init=adapter_init,
+                workers=workers,
+                address=address,
+                force=force,
+                progress=scoring,
+                on_status=on_status,
+                on_event=happened,
+                tell=bar.say,
+                ledger=ledger,
+            )
+        else:
+            one = api.evaluate(
+                opened[0],
+                configs[0],
+                method=method.value,
+                quantize_first=quantize,
+                artifact=artifact,
+                adapter_init=adapter_init,
+                workers=workers,
+                address=address,
+                force=force,
+                progress=scoring,
+                quantize_progress=bar.phase,
+                on_status=on_status,
+                on_event=happened,
+                on_report=reports.append,
+                tell=bar.say,
+                ledger=ledger,
+            )
+    if several:
+        print_many(many, as_json=as_json)
+        return
+    report = reports[0] if reports else None
     if per_document is not None:
-        _write_documents(per_document, done)
+        _write_documents(per_document, one)
     if as_json:
-        print_json(done.to_dict())
+        pool = {} if workers is None else {"pool": None if report is None else report.to_dict()}
+        print_json({**one.to_dict(), **pool})
     else:
-        print_report(*_report(done))
+        title, rows = _report(one)
+        print_report(title, rows if report is None else [*rows, *_pool_rows(report, one.device)])
+
+
+def _grid(vary: Sequence[str]) -> dict[str, list[str]]:
+    """Values by field of `--vary` options."""
+    from golf_ray.config import split_assignment
+
+    grid: dict[str, list[str]] = {}
+    for item in vary:
+        path, values = split_assignment(item)
+        if path in grid:
+            raise UsageError(f"--vary {path} is given twice", f"write {path}=V,W once")
+        grid[path] = values.split(",")
+    return grid
+
+
+def _telling(bar: Bar, method: str) -> Callable[[Status], None]:
+    """How a pool's work goes on: a bar, or a line now and then where there is no terminal."""
+    said_s = time.monotonic()
+
+    def told(status: Status) -> None:
+        nonlocal said_s
+        error = status.standard_error_bpb
+        so_far = f"{status.running.bpb:.4f}" + ("" if error is None else f" +- {error:.4f}")
+        actors = number_of(status.actors, "actor")
+        label = method
+        if status.num_jobs > 1:
+            label += f" {status.job + 1} of {status.num_jobs}"
+        bar.update(
+            label,
+            status.done,
+            status.count,
+            f"{so_far} bpb so far, {actors}",
+            phase=method,
+            seconds_left=status.seconds_left,
+        )
+        if not sys.stderr.isatty() and time.monotonic() - said_s >= SAY_S:
+            said_s = time.monotonic()
+            left = "" if status.seconds_left is None else f", {clock(status.seconds_left)} left"
+            bar.say(
+                f"{label}: {count(status.done)} of {count(status.count)}, {so_far} bpb so far, "
+                f"{actors}{left}"
+            )
+
+    return told
+
+
+def _pool_rows(report: PoolReport, device: str) -> list[tuple[str, str]]:
+    """How the actors' work went."""
+    what = "GPU-seconds" if device == "cuda" else "actor-seconds"
+    troubles = [
+        f"{number:,} {what_happened}"
+        for number, what_happened in (
+            (report.retried, "done again"),
+            (report.stolen, "taken over by an idle actor"),
+            (report.lost_actors, "actors lost"),
+        )
+        if number
+    ]
+    held = f"{report.held_s:,.1f} {what} held, {report.efficiency:.1%} of them busy"
+    return [
+        ("actors", held),
+        ("units", ", ".join([count(report.units), *troubles])),
+        (
+            "start",
+            f"{duration(report.start_s)} before the first unit, {duration(report.prepare_s)} of "
+            "it for weights and compilation",
+        ),
+    ]
+
+
+def print_many(many: Evaluations, *, as_json: bool) -> None:
+    """Print a table of several evaluations, or their JSON.
+
+    Raises:
+        EvaluationFailed: not all of them have a score; what the others say is printed.
+    """
+    if as_json:
+        print_json(many.to_dict())
+    else:
+        plain_table(_table(many))
+        if many.report is not None:
+            done = next((one for one in many.outcomes if one not in many.failed), None)
+            device = "cpu" if done is None else done.to_dict()["device"]
+            print_report("", _pool_rows(many.report, device))
+    if many.failed:
+        for failed in many.failed:
+            print(f"{_place(failed)}: {failed.error}", file=sys.stderr)
+        raise EvaluationFailed(
+            f"{len(many.failed)} of {len(many.outcomes)} evaluations have no score",
+            "see the lines above",
+        )
+
+
+def _place(one: Evaluation | FailedEvaluation) -> str:
+    varied = " ".join(f"{path}={value}" for path, value in one.settings.items())
+    return f"{one.checkpoint} {varied}".rstrip()
+
+
+def _table(many: Evaluations) -> list[list[str]]:
+    """A line each: what was scored under what, and the score."""
+    varied = list(many.outcomes[0].settings)
+    header = ["checkpoint", *(path.split(".")[-1] for path in varied)]
+    table = [[*header, "weights", "bpb", "+-", "tokens", "seconds"]]
+    for one in many.outcomes:
+        data = one.to_dict()
+        line = [str(one.checkpoint), *(str(one.settings[path]) for path in varied)]
+        if "error" in data:
+            table.append([*line, data["weights"], "none", "", "", ""])
+            continue
+        estimated = data.get("estimate")
+        error = f"{estimated['standard_error_bpb']:.4f}" if estimated else ""
+        seconds = data.get("actor_seconds", data["seconds"])
+        table.append(
+            [*line, data["weights"], f"{data['val_bpb']:.6f}", error,
+             count(data["tokens_scored"]), f"{seconds:.1f}"]
+        )  # fmt: skip
+    return table
 
 
 def resolved_for(weights: StoredWeights, options: ConfigOptions) -> Config:
@@ -215,6 +391,16 @@ def _report(done: Evaluation) -> tuple[str, list[tuple[str, str]]]:
         ("scored", scored),
         ("time", f"{duration(data['seconds'])} on {where}"),
     ]
+    limit = data.get("limit")
+    if limit is not None:
+        verdict = "" if limit["fits"] else ": TOO LONG"
+        rows.append(
+            (
+                "limit",
+                f"{limit['gpus']} GPUs like these take {duration(limit['predicted_s'])} of "
+                f"{duration(limit['limit_s'])} for the whole set, by the cost model{verdict}",
+            )
+        )
     if done.sizes is not None:
         rows.append(("size", sizes_line(done.sizes.to_dict())))
     if done.quantization is not None:
