@@ -531,5 +531,6 @@ def _reason(error: Exception) -> str:
 
 
 def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    # Ray goes on with identifiers that say nothing to people.
+    text = " ".join(str(error).split()).split(" class_name: ")[0]
     return text[:160] + "..." if len(text) > 160 else text

@@ -133,7 +133,7 @@ def evaluate_jobs_on_ray(
         bundle["GPU"] = cluster.gpus_per_worker
 
     def happened(event: PoolEvent) -> None:
-        if event.kind == "ready" and pool.num_ready == 1:
+        if event.kind == "ready":
             watch.began()
         if on_event is not None:
             on_event(event)

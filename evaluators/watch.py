@@ -126,7 +126,7 @@ class Watch:
         """Gives the number of actors at work."""
         self._on_status = on_status
         self._state_s = state_s
-        self._began_s = time.perf_counter()
+        self._begun, self._began_s = False, time.perf_counter()
         self._accounts = [_Account(job, units, device) for job, units in jobs]
         self._left: dict[Unit, float] = {
             (number, unit): cost_s
@@ -155,8 +155,9 @@ class Watch:
         return name if len(self._accounts) == 1 else f"{name} of {account.job.name}"
 
     def began(self) -> None:
-        """The first actor is ready."""
-        self._began_s = time.perf_counter()
+        """An actor is ready; the first of them counts."""
+        if not self._begun:
+            self._begun, self._began_s = True, time.perf_counter()
 
     def scored(self, unit: Unit, result: Any, seconds: float) -> None:
         """A unit has its result.
