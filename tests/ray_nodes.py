@@ -2,8 +2,8 @@
 
     python ray_nodes.py CHECKPOINT CONFIG.json LEDGER ACTORS [kill=SECONDS [once]] [nodes]
 
-`kill=3` sends SIGKILL to an actor every 3 seconds, or once; `nodes` takes a node away after a fifth of the
-documents, with all that runs there, and adds another after two fifths. Prints one JSON line.
+`kill=3` sends SIGKILL to an actor every 3 seconds, or once; `nodes` takes a node away after a fifth
+of the documents, with all that runs there, and adds another after two fifths. Prints one JSON line.
 """
 
 from __future__ import annotations
