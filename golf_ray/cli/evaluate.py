@@ -166,17 +166,16 @@ def evaluate(
 
     from golf_ray import api
 
-    opened = [api.open_weights(path) for path in checkpoints]
-    configs = [resolved_for(weights, options) for weights in opened]
+    # Of several only the configuration is kept: their tensors need not lie side by side.
+    first = api.open_weights(checkpoints[0])
+    configs = [resolved_for(first, options)]
+    configs += [resolved_for(api.open_weights(path), options) for path in checkpoints[1:]]
     if per_document is not None:
         make_folder(per_document.parent)
     reports: list[PoolReport] = []
     with progress_bar() as bar:
         bar.update("starting", 0, 0)
-        on_status = _telling(bar, method.value)
-
-        def scoring(done: int, total: int, score: Score) -> None:
-            bar.update(method.value, done, total, f"{score.bpb:.4f} bpb so far")
+        on_status, scoring = _telling(bar, method.value)
 
         def happened(event: Any) -> None:
             if event.kind != "ready":
@@ -184,7 +183,7 @@ def evaluate(
 
         if several:
             many = api.evaluate_many(
-                opened,
+                checkpoints,
                 configs,
                 vary=grid,
                 method=method.value,
@@ -200,7 +199,7 @@ def evaluate(
             )
         else:
             one = api.evaluate(
-                opened[0],
+                first,
                 configs[0],
                 method=method.value,
                 quantize_first=quantize,
@@ -244,35 +243,32 @@ def _grid(vary: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def _telling(bar: Bar, method: str) -> Callable[[Status], None]:
-    """How a pool's work goes on: a bar, or a line now and then where there is no terminal."""
+def _telling(
+    bar: Bar, method: str
+) -> tuple[Callable[[Status], None], Callable[[int, int, Score], None]]:
+    """How the work of a pool, and of this process, goes on: a bar, or a line now and then where
+    there is no terminal."""
     said_s = time.monotonic()
 
-    def told(status: Status) -> None:
+    def show(label: str, done: int, total: int, detail: str, left_s: float | None) -> None:
         nonlocal said_s
-        error = status.standard_error_bpb
-        so_far = f"{status.running.bpb:.4f}" + ("" if error is None else f" +- {error:.4f}")
-        actors = number_of(status.actors, "actor")
-        label = method
-        if status.num_jobs > 1:
-            label += f" {status.job + 1} of {status.num_jobs}"
-        bar.update(
-            label,
-            status.done,
-            status.count,
-            f"{so_far} bpb so far, {actors}",
-            phase=method,
-            seconds_left=status.seconds_left,
-        )
+        bar.update(label, done, total, detail, phase=method, seconds_left=left_s)
         if not sys.stderr.isatty() and time.monotonic() - said_s >= SAY_S:
             said_s = time.monotonic()
-            left = "" if status.seconds_left is None else f", {clock(status.seconds_left)} left"
-            bar.say(
-                f"{label}: {count(status.done)} of {count(status.count)}, {so_far} bpb so far, "
-                f"{actors}{left}"
-            )
+            left = "" if left_s is None else f", {clock(left_s)} left"
+            bar.say(f"{label}: {count(done)} of {count(total)}, {detail}{left}")
 
-    return told
+    def status(status: Status) -> None:
+        error = status.standard_error_bpb
+        so_far = f"{status.running.bpb:.4f}" + ("" if error is None else f" +- {error:.4f}")
+        several = f" {status.job + 1} of {status.num_jobs}" if status.num_jobs > 1 else ""
+        detail = f"{so_far} bpb so far, {number_of(status.actors, 'actor')}"
+        show(method + several, status.done, status.count, detail, status.seconds_left)
+
+    def progress(done: int, total: int, score: Score) -> None:
+        show(method, done, total, f"{score.bpb:.4f} bpb so far", None)
+
+    return status, progress
 
 
 def _pool_rows(report: PoolReport, device: str) -> list[tuple[str, str]]:
