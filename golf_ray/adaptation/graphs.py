@@ -25,8 +25,12 @@ from golf_ray.kernels.grouped import tile_rows_of
 
 LEVELS = 12
 """Numbers of tokens that steps are padded to."""
-GRAINS = ((64, 8), (128, 16), (1 << 30, 32))
-"""Up to so many documents their number is padded to a multiple of that."""
+GRAINS = ((16, 4), (64, 8), (128, 16), (1 << 30, 32))
+"""Up to so many documents their number is padded to a multiple of that.
+
+What one of eight GPUs gets of the field's 50,000 documents are so 123 shapes of 4,784 steps, with 8%
+more tokens and 6% more documents than there are.
+"""
 
 Compute = Callable[[Batch, Tensor], Tensor]
 """(batch, the optimizer's factors) -> losses [S], with the adapters' step taken."""
@@ -40,12 +44,13 @@ def shape_of(step: Step, adaptation: AdaptationConfig, budget: Budget) -> Shape 
         return None
     grain = next(grain for most, grain in GRAINS if count <= most)
     documents = -(-count // grain) * grain
-    level = -(-num_tokens * LEVELS // budget.step_tokens)
     # A document of nothing is a chunk long, and there are fewer of them than the largest grain.
+    needed = num_tokens + (documents - count) * adaptation.chunk_size
+    level = -(-needed * LEVELS // budget.step_tokens)
     room = GRAINS[-1][1] * adaptation.chunk_size
-    tokens = -(-level * budget.step_tokens // LEVELS) + room
+    full = level >= LEVELS
     return Shape(
-        tokens=tokens,
+        tokens=budget.step_tokens + room if full else -(-level * budget.step_tokens // LEVELS),
         documents=documents,
         tile_rows=tile_rows_of([m.chunk.window_tokens for m in step.members]),
         chunk_size=adaptation.chunk_size,
