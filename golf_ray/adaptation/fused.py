@@ -3,8 +3,8 @@
 The arithmetic is the forward's (bfloat16 on a GPU); parameters and moments are float32, and every
 step leaves a rounded copy, the *shadow*, that products read. What adapters of one input have in
 common is done together: the A of queries, keys, values and of attention's output are one product,
-and what adapters add is written first, for the large product to be added to it: one rounding where
-a product that is rounded already would swallow most of an adapter that has learned little yet.
+and what adapters add is written first, for the large product to be added to it: one pass over the
+outputs less, and one rounding.
 
 Adapters are no inputs of autograd. Each product that carries some writes their gradients where they
 belong when its own gradient comes by; an *anchor* that asks for a gradient makes it come by.

@@ -28,8 +28,8 @@ LEVELS = 12
 GRAINS = ((16, 4), (64, 8), (128, 16), (1 << 30, 32))
 """Up to so many documents their number is padded to a multiple of that.
 
-What one of eight GPUs gets of the field's 50,000 documents are so 123 shapes of 4,784 steps, with 8%
-more tokens and 6% more documents than there are.
+What one of eight GPUs gets of the field's 50,000 documents are so 123 shapes of 4,784 steps, with
+8% more tokens and 6% more documents than there are.
 """
 
 Compute = Callable[[Batch, Tensor], Tensor]
