@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from golf_ray.cluster import ENVIRONMENT
@@ -20,6 +21,10 @@ from golf_ray.cluster_guard import clean_up
 
 for name, value in {**ENVIRONMENT, "RAY_AUTH_MODE": "disabled"}.items():
     os.environ.setdefault(name, value)
+
+# How long an example takes says more of what else runs than of the code.
+hypothesis.settings.register_profile("golf_ray", deadline=None)
+hypothesis.settings.load_profile("golf_ray")
 
 # Small models on threads that wait for one another spend ten times the time on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

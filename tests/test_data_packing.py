@@ -77,7 +77,8 @@ def test_a_training_batch_is_packed_in_milliseconds() -> None:
     tokens = rng.integers(2, 8192, 98_305).astype(np.uint16)
     tokens[rng.integers(0, 98_305, 120)] = 1
     pack(tokens, 2048)
-    begin = time.perf_counter()
+    # The processor's time, which does not depend on what else runs.
+    begin = time.process_time()
     for _ in range(10):
         pack(tokens, 2048)
-    assert (time.perf_counter() - begin) / 10 < 0.05
+    assert (time.process_time() - begin) / 10 < 0.05
