@@ -24,7 +24,7 @@ from evaluators.watch import OnStatus, Status, Watch
 from evaluators.worker import STATE_S, EvaluationWorker, Order
 from golf_ray.adaptation.engine import AdapterInit
 from golf_ray.adaptation.scores import Document
-from golf_ray.config import ClusterConfig, Config
+from golf_ray.config import Config
 from golf_ray.data.tokenizer import ByteTables
 from golf_ray.errors import EvaluationFailed
 from golf_ray.model.arrays import arrays_of
@@ -122,7 +122,7 @@ def evaluate_jobs_on_ray(
     """
     cluster = jobs[0].config.cluster
     assert all(job.config.cluster == cluster for job in jobs)
-    device = device_of_actors(cluster)
+    device = cluster.tensor_device
     planned = [(job, units_of(job, device)) for job in jobs]
     watch = Watch(planned, device, on_status=on_status, state_s=state_s)
     units = watch.units
@@ -158,13 +158,6 @@ def evaluate_jobs_on_ray(
     if on_report is not None:
         on_report(report)
     return watch.outcomes()
-
-
-def device_of_actors(cluster: ClusterConfig) -> str:
-    """Where actors compute: `cuda` or `cpu`."""
-    if cluster.device == "auto":
-        return "cuda" if cluster.gpus_per_worker > 0 else "cpu"
-    return cluster.device
 
 
 def _parts(jobs: Sequence[Job], device: str, state_s: float) -> tuple[Any, ...]:

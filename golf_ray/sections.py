@@ -519,6 +519,13 @@ class ClusterConfig:
     start_timeout_s: float = 120.0
     """Seconds that workers may take to be placed and started."""
 
+    @property
+    def tensor_device(self) -> Literal["cpu", "cuda"]:
+        """Where tensors live, with `auto` resolved."""
+        if self.device == "auto":
+            return "cuda" if self.gpus_per_worker > 0 else "cpu"
+        return self.device
+
     def __post_init__(self) -> None:
         require_positive(
             "cluster",

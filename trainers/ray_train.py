@@ -206,9 +206,7 @@ def _job(
     initial: Mapping[str, Tensor] | None,
 ) -> WorkerJob:
     cluster = config.cluster
-    device = cluster.device
-    if device == "auto":
-        device = "cuda" if cluster.gpus_per_worker > 0 else "cpu"
+    device = cluster.tensor_device
     cache = config.kernels.cache
     if cache is not None and "://" not in cache:
         # Workers run in folders of Ray's.

@@ -214,7 +214,7 @@ def evaluate_many(
         base = config_for(weights, given, force=force)
         for settings in combinations(vary or {}):
             changed = config_for(weights, base.with_overrides(settings), force=force)
-            tasks.append(run.task(_shed(weights), changed, settings))
+            tasks.append(run.task(weights.without_tensors(), changed, settings))
     if not tasks:
         raise UsageError("no checkpoint was given", "name one or more")
     outcomes = run.outcomes(tasks, ledger)
@@ -261,12 +261,18 @@ def digests_of_data(tokens: NDArray[np.uint16], tables: ByteTables) -> dict[str,
     }
 
 
-def identity_of(weights: StoredWeights, config: Config) -> dict[str, Any]:
-    """What a ledger's header says of the weights whose scores it holds."""
+def identity_of(
+    weights: StoredWeights, config: Config, digest: str | None = None
+) -> dict[str, Any]:
+    """What a ledger's header says of the weights whose scores it holds.
+
+    Args:
+        digest: the fingerprint of their file, where it is known.
+    """
     from golf_ray import fingerprint
 
     return {
-        "weights": fingerprint.of_file(weights.path),
+        "weights": digest or fingerprint.of_file(weights.path),
         "weights_kind": weights.kind,
         "model": dataclasses.asdict(config.model),
     }
@@ -333,7 +339,9 @@ class _Run:
             folder: where ledgers are kept.
         """
         # Opened before anything starts: one may be another evaluation's.
-        kept = [self._ledger(task, folder, alone=len(tasks) == 1) for task in tasks]
+        kept: list[Ledger | None] = [None] * len(tasks)
+        if folder is not None:
+            kept = list(self._ledgers(tasks, str(folder)))
         pairs = list(zip(tasks, kept, strict=True))
         found = self._here(pairs) if self.workers is None else self._on_ray(pairs)
         return [self._outcome(task, one) for task, one in zip(tasks, found, strict=True)]
@@ -361,14 +369,29 @@ class _Run:
     def _device(self, config: Config) -> str:
         if self.workers is None:
             return pick_device(config).type
-        from evaluators.ray_evaluation import device_of_actors
+        return config.cluster.tensor_device
 
-        return device_of_actors(config.cluster)
+    def _ledgers(self, tasks: Sequence[_Task], folder: str) -> Iterator[Ledger]:
+        """The tasks' ledgers; a text and a file are read through once for all settings."""
+        from golf_ray import fingerprint
 
-    def _ledger(self, task: _Task, folder: str | Path | None, *, alone: bool) -> Ledger | None:
-        """The task's ledger, under what its scores follow from."""
-        if folder is None:
-            return None
+        files: dict[Path, str] = {}
+        texts: dict[int, dict[str, str]] = {}
+        for task in tasks:
+            path, text = task.weights.path, id(task.tokens)
+            if path not in files:
+                files[path] = fingerprint.of_file(path)
+            if text not in texts:
+                texts[text] = digests_of_data(task.tokens, task.tables)
+            of = {**identity_of(task.weights, task.config, files[path]), **texts[text]}
+            yield self._ledger(task, of, folder, alone=len(tasks) == 1)
+
+    def _ledger(self, task: _Task, of: Mapping[str, Any], folder: str, *, alone: bool) -> Ledger:
+        """The task's ledger, under what its scores follow from.
+
+        Args:
+            of: identity of weights and text.
+        """
         import torch
 
         from evaluators.ledger import Ledger, ledger_folder
@@ -380,13 +403,12 @@ class _Run:
         settings = dataclasses.asdict(config.adaptation)
         identity = {
             "golf_ray": __version__,
-            **identity_of(task.weights, config),
+            **of,
             "adaptation": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
             "adapters": None if self.adapters is None else fingerprint.of_file(Path(self.adapters)),
             "arithmetic": str(compute_dtype(config, torch.device(self._device(config)))),
-            **digests_of_data(task.tokens, task.tables),
         }
-        ledger = Ledger(ledger_folder(str(folder), identity, alone=alone), identity)
+        ledger = Ledger(ledger_folder(folder, identity, alone=alone), identity)
         if self.tell is not None:
             for line in ledger.troubles:
                 self.tell(line)
@@ -486,13 +508,8 @@ def _check_fits(run: _Run, ledger: str | Path | None) -> None:
         raise UsageError(f"'{run.method}' evaluation keeps no ledger", "use --method ttt")
 
 
-def _shed(weights: StoredWeights) -> StoredWeights:
-    """The same without its tensors: those of many files do not lie in memory side by side."""
-    return dataclasses.replace(weights, tensors={}, kinds={})
-
-
 def _state_of(weights: StoredWeights, config: Config) -> Callable[[], Mapping[str, Tensor]]:
-    """Gives the banked state dict, read anew where the tensors were shed."""
+    """Gives the banked state dict, read anew where its tensors are not held."""
 
     def state() -> Mapping[str, Tensor]:
         whole = weights if weights.tensors else open_weights(weights.path)

@@ -41,7 +41,7 @@ def pick_device(config: Config, *, strict: bool = False) -> torch.device:
     import torch
 
     cluster = config.cluster
-    wants = cluster.device == "cuda" or (cluster.device == "auto" and cluster.gpus_per_worker > 0)
+    wants = cluster.tensor_device == "cuda"
     if wants and not has_gpu() and (strict or cluster.device == "cuda"):
         asked = (
             "device = cuda"

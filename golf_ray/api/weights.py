@@ -35,6 +35,10 @@ class StoredWeights:
     kinds: dict[str, str]
     """How each weight of an artifact is stored; empty for a state dict."""
 
+    def without_tensors(self) -> StoredWeights:
+        """The same without its tensors: those of many files need not lie in memory side by side."""
+        return dataclasses.replace(self, tensors={}, kinds={})
+
     def state(self, model: ModelConfig) -> dict[str, Tensor]:
         """The banked state dict.
 

@@ -166,10 +166,10 @@ def evaluate(
 
     from golf_ray import api
 
-    # Of several only the configuration is kept: their tensors need not lie side by side.
     first = api.open_weights(checkpoints[0])
-    configs = [resolved_for(first, options)]
-    configs += [resolved_for(api.open_weights(path), options) for path in checkpoints[1:]]
+    # Tensors of several are read again when it is their turn.
+    others = [api.open_weights(path).without_tensors() for path in checkpoints[1:]]
+    configs = [resolved_for(weights, options) for weights in (first, *others)]
     if per_document is not None:
         make_folder(per_document.parent)
     reports: list[PoolReport] = []
@@ -183,7 +183,7 @@ def evaluate(
 
         if several:
             many = api.evaluate_many(
-                checkpoints,
+                [first.without_tensors(), *others],
                 configs,
                 vary=grid,
                 method=method.value,
