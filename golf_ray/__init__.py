@@ -1,7 +1,8 @@
 """golf_ray: train, quantise and score tiny language models as stages of one Ray application.
 
 The Python interface has the shape of the command line's verbs: `golf_ray.train`,
-`golf_ray.quantize`, `golf_ray.evaluate`, `golf_ray.audit`, over a `golf_ray.Config`.
+`golf_ray.quantize`, `golf_ray.evaluate`, `golf_ray.audit`, `golf_ray.sweep`, over a
+`golf_ray.Config`.
 
 Invariant: importing this package loads neither torch nor Ray; a name is loaded when it is used.
 """
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from golf_ray.config import Config
     from golf_ray.errors import GolfRayError
     from golf_ray.presets import preset
+    from golf_ray.sweeps.making import sweep
 
     __version__: str
 
@@ -29,6 +31,7 @@ __all__ = [
     "open_weights",
     "preset",
     "quantize",
+    "sweep",
     "train",
 ]
 
@@ -41,6 +44,7 @@ _HOMES = {
     "open_weights": "golf_ray.api",
     "preset": "golf_ray.presets",
     "quantize": "golf_ray.api",
+    "sweep": "golf_ray.sweeps.making",
     "train": "golf_ray.api",
 }
 

@@ -1,7 +1,7 @@
-"""A look at every node before anything runs on it: versions, storage, data. One task a node.
+"""A look at every node before anything runs on it: versions, GPUs, storage, data, disks.
 
-What is found is plain data; whether it will do is a pure function of it; an executor asks the
-nodes. Nothing here takes resources away from anybody.
+One task a node brings plain data; whether it will do is a pure function of it. Nothing here takes
+resources away from anybody, and no GPU is used: its driver is asked.
 
 Invariant: every living node is named as good or with what is wrong with it, in bounded time.
 """
@@ -11,21 +11,33 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import shutil
+import subprocess
+import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from golf_ray.errors import ClusterError, GolfRayError
+from golf_ray.errors import ClusterError, DataError, GolfRayError
 from golf_ray.fingerprint import LENGTH
+from golf_ray.nodes import NodeFailure, run_on_nodes
 from golf_ray.resources import Node, cluster_nodes
 
-HEAD_BYTES = 1 << 20
-"""Of each data file that a fingerprint covers, beside name and size."""
+if TYPE_CHECKING:
+    from golf_ray.data.fingerprints import FileHead
+
 TIMEOUT_S = 90.0
 """A node's first task starts a Python process there, which imports the packages."""
+DRIVER_TIMEOUT_S = 20.0
+"""The GPUs' driver may take that long where it is not kept loaded."""
 DISTRIBUTIONS = ("ray", "torch")
+LOW_DISK_BYTES = 2_000_000_000
+"""A folder with less than this free cannot take what a run writes."""
+FLASH = "flash attention"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,38 +49,69 @@ class NodeReport:
     versions: Mapping[str, str]
     """Of Python and packages; golf_ray's is a fingerprint of its source, so that two states of
     one release differ too."""
+    flash: str = "none"
+    """Who brings flash attention, with its version."""
+    gpus: tuple[str, ...] | None = None
+    """Models of the GPUs that the driver lists; None where there is no driver to ask."""
+    offered_gpus: float = 0.0
+    """GPUs that Ray gives out there."""
     storage_error: str | None = None
-    data_fingerprint: str | None = None
+    files: tuple[FileHead, ...] = ()
+    """The data files, in the order in which they were asked for."""
     data_error: str | None = None
+    free_bytes: Mapping[str, int] | None = None
+    """Space left where files are written, by folder; None where nobody looked."""
     error: str | None = None
     """Why there is nothing of the above."""
 
+    @property
+    def has_gpus(self) -> bool:
+        """Whether work that needs a GPU may be placed there."""
+        return self.offered_gpus > 0
 
-def preflight(*, storage: str | Path | None = None, files: Sequence[Path] = ()) -> None:
+
+def preflight(
+    *,
+    storage: str | Path | None = None,
+    files: Sequence[Path] = (),
+    needs_flash: bool = False,
+) -> None:
     """See that every node of the connected cluster can take part.
 
     Args:
         storage: folder or URI that every node must be able to write and to read back.
-        files: data files that every node must have, the same ones.
+        files: data files that every node must have, the same ones: see
+            `golf_ray.data.fingerprints.data_files`.
+        needs_flash: every node with GPUs must have flash attention, not only the same on all.
 
     Raises:
         ClusterError: a node cannot; the first that is wrong, and how many more there are.
     """
     driver, reports = inspect_nodes(storage=storage, files=files)
-    problems = find_problems(driver, reports)
+    problems = find_problems(driver, reports, needs_flash=needs_flash)
     if problems:
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
         raise ClusterError(problems[0].problem + more, problems[0].remedy)
 
 
-def find_problems(driver: NodeReport, reports: Sequence[NodeReport]) -> list[ClusterError]:
-    """What is wrong with which node: pure."""
+# What is wrong ----------------------------------------------------------------------------------
+
+_MEND_NODE = "install golf-ray there as it is here, or take the node out of the cluster"
+_SAME_VERSIONS = "install the same versions on every node"
+_SAME_DATA = "put the same data on every node: 'golf-ray data fetch --address ...', or a mount"
+
+
+def find_problems(
+    driver: NodeReport, reports: Sequence[NodeReport], *, needs_flash: bool = False
+) -> list[ClusterError]:
+    """What is wrong with which node, one line each: pure."""
     problems = [
         ClusterError(f"node {r.node} {r.error}", _MEND_NODE) for r in reports if r.error is not None
     ]
     good = [r for r in reports if r.error is None]
     for report in good:
-        problems += _version_problems(driver, good[0], report)
+        problems += _version_problems(driver, good, report)
+    problems += _gpu_problems(good, needs_flash)
     for report in good:
         if report.storage_error is not None:
             problems.append(
@@ -78,47 +121,115 @@ def find_problems(driver: NodeReport, reports: Sequence[NodeReport]) -> list[Clu
                 )
             )
     for report in good:
-        if report.data_error is not None:
-            problems.append(
-                ClusterError(
-                    f"node {report.node} does not have the data: {report.data_error}",
-                    "put the same data folder on every node, or on a mount that all share",
-                )
-            )
-        elif report.data_fingerprint != driver.data_fingerprint:
-            problems.append(
-                ClusterError(
-                    f"node {report.node} has other data under the same names "
-                    f"(fingerprint {report.data_fingerprint}, here {driver.data_fingerprint})",
-                    "put the same data folder on every node",
-                )
-            )
+        problems += _data_problems(driver, report)
+    for report in good:
+        problems += _disk_problems(report)
     return problems
-
-
-_MEND_NODE = "install golf-ray there as it is here, or take the node out of the cluster"
 
 
 def _version_problems(
-    driver: NodeReport, first: NodeReport, report: NodeReport
+    driver: NodeReport, good: Sequence[NodeReport], report: NodeReport
 ) -> list[ClusterError]:
+    """Against the driver without builds; nodes that compute together must agree to the build."""
     problems = []
     for name, version in report.versions.items():
-        here, there = driver.versions.get(name, "none"), first.versions.get(name, "none")
+        here = driver.versions.get(name, "none")
         if _release(version) != _release(here):
-            other, whose = here, "here"
-        elif version != there:
-            # Nodes compute together, so there even builds must be the same.
-            other, whose = there, f"on node {first.node}"
-        else:
+            text = f"node {report.node} has {name} {version}, here it is {here}"
+            problems.append(ClusterError(text, _SAME_VERSIONS))
             continue
-        problems.append(
-            ClusterError(
-                f"node {report.node} has {name} {version}, {whose} it is {other}",
-                "install the same versions on every node",
-            )
-        )
+        alike = [r for r in good if r.has_gpus == report.has_gpus]
+        problems += _difference(alike, report, name, partial(_version_of, name))
     return problems
+
+
+def _version_of(name: str, report: NodeReport) -> str:
+    return report.versions.get(name, "none")
+
+
+def _gpu_problems(good: Sequence[NodeReport], needs_flash: bool) -> list[ClusterError]:
+    """Only of nodes that give out GPUs; a head without any is no odd one out."""
+    problems: list[ClusterError] = []
+    with_gpus = [r for r in good if r.has_gpus]
+    for report in with_gpus:
+        found = report.gpus
+        if found is not None and len(found) < report.offered_gpus:
+            problems.append(
+                ClusterError(
+                    f"node {report.node} offers {report.offered_gpus:g} GPUs to Ray, and its "
+                    f"driver lists {len(found)}",
+                    "see 'nvidia-smi' there, then restart Ray on that node",
+                )
+            )
+        else:
+            problems += _difference(with_gpus, report, "GPUs", _gpus_of, "take the odd node out")
+        if needs_flash and report.flash == "none":
+            problems.append(
+                ClusterError(
+                    f"node {report.node} has no {FLASH}",
+                    "install a flash_attn_3 wheel there, or set attention.backend to another",
+                )
+            )
+        else:
+            problems += _difference(with_gpus, report, FLASH, lambda r: r.flash)
+    return problems
+
+
+def _gpus_of(report: NodeReport) -> str:
+    if report.gpus is None:
+        return f"{report.offered_gpus:g} of unknown model"
+    counted = Counter(report.gpus)
+    return " and ".join(f"{count} x {model}" for model, count in counted.items())
+
+
+def _difference(
+    peers: Sequence[NodeReport],
+    report: NodeReport,
+    what: str,
+    value_of: Callable[[NodeReport], str],
+    remedy: str = _SAME_VERSIONS,
+) -> list[ClusterError]:
+    """That a node has something else than most of its peers; the first wins where none is most."""
+    counted = Counter(value_of(peer) for peer in peers)
+    usual, count = counted.most_common(1)[0]
+    mine = value_of(report)
+    if mine == usual:
+        return []
+    having = [peer.node for peer in peers if value_of(peer) == usual]
+    whose = f"node {having[0]} has" if count == 1 else f"{count} others have"
+    return [ClusterError(f"node {report.node} has {what} {mine}, {whose} {usual}", remedy)]
+
+
+def _data_problems(driver: NodeReport, report: NodeReport) -> list[ClusterError]:
+    if report.data_error is not None:
+        text = f"node {report.node} does not have the data: {report.data_error}"
+        return [ClusterError(text, _SAME_DATA)]
+    differing = [
+        (there, here)
+        for there, here in zip(report.files, driver.files, strict=False)
+        if there != here
+    ]
+    if not differing:
+        return []
+    there, here = differing[0]
+    more = f" (and {len(differing) - 1} more files)" if differing[1:] else ""
+    text = (
+        f"node {report.node} has another {there.name} ({there.describe()}), "
+        f"here it is {here.describe()}{more}"
+    )
+    return [ClusterError(text, _SAME_DATA)]
+
+
+def _disk_problems(report: NodeReport) -> list[ClusterError]:
+    return [
+        ClusterError(
+            f"node {report.node} has {free / 1e9:.2f} GB free in {folder}, and "
+            f"{LOW_DISK_BYTES / 1e9:g} GB are needed",
+            "free space there",
+        )
+        for folder, free in (report.free_bytes or {}).items()
+        if free < LOW_DISK_BYTES
+    ]
 
 
 def _release(version: str) -> str:
@@ -139,17 +250,24 @@ def inspect_here(
         probe: name of a file of the driver's there, which holds its own name.
         files: data files.
     """
-    fingerprint, data_error = None, None
+    from golf_ray.data.fingerprints import file_heads
+
+    heads: tuple[FileHead, ...] = ()
+    data_error = None
     try:
-        fingerprint = files_fingerprint([Path(file) for file in files])
-    except OSError as error:
-        data_error = f"{error.filename}: {error.strerror}"
+        heads = file_heads(Path(file) for file in files)
+    except DataError as error:
+        data_error = error.problem
+    storage_error = None if storage is None else _storage_error(storage, probe)
     return NodeReport(
         node=name,
         versions=versions(),
-        storage_error=None if storage is None else _storage_error(storage, probe),
-        data_fingerprint=fingerprint,
+        flash=flash_version(),
+        gpus=listed_gpus(),
+        storage_error=storage_error,
+        files=heads,
         data_error=data_error,
+        free_bytes=_free_bytes(None if storage_error else storage),
     )
 
 
@@ -157,11 +275,43 @@ def versions() -> dict[str, str]:
     """Of Python and of the packages that must agree."""
     found = {"python": platform.python_version()}
     for distribution in DISTRIBUTIONS:
-        try:
-            found[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            found[distribution] = "none"
+        found[distribution] = _version(distribution) or "none"
     return {**found, "golf_ray": source_fingerprint()}
+
+
+def flash_version() -> str:
+    """Who would bring flash attention here, by what is installed; "none" for nobody.
+
+    Nothing is loaded: the library would take memory of a GPU.
+    """
+    for distribution in ("flash_attn_3", "xformers"):
+        if version := _version(distribution):
+            return f"{distribution} {version}"
+    return "none"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def listed_gpus() -> tuple[str, ...] | None:
+    """Models of the GPUs that NVIDIA's driver lists; None where there is no driver.
+
+    Asking torch would make a context on each of them, which stays as long as the process.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return None
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=DRIVER_TIMEOUT_S, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in listed.stdout.splitlines() if line.strip())
 
 
 def source_fingerprint() -> str:
@@ -175,30 +325,31 @@ def source_fingerprint() -> str:
     return digest.hexdigest()[:LENGTH]
 
 
-def files_fingerprint(paths: Sequence[Path]) -> str | None:
-    """Of name, size and first MiB of each file; None of no files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            head = file.read(HEAD_BYTES)
-        digest.update(f"{path.name}:{path.stat().st_size}:".encode() + head)
-    return digest.hexdigest()[:LENGTH] if paths else None
-
-
 def _storage_error(uri: str, probe: str | None) -> str | None:
-    from trainers.storage import Storage
+    from trainers.storage import Storage, shown
 
     try:
         storage = Storage(uri)
         if probe is not None and storage.read_bytes(probe) != probe.encode():
-            return f"{uri} is not the same place there as here"
+            return f"{shown(uri)} is not the same place there as here"
         own = f".golf-ray-probe-{uuid.uuid4().hex}"
         storage.write_bytes(own, own.encode())
         read = storage.read_bytes(own)
         storage.remove(own)
     except GolfRayError as error:
         return error.problem
-    return None if read == own.encode() else f"{uri} does not give back what is written"
+    return None if read == own.encode() else f"{shown(uri)} does not give back what is written"
+
+
+def _free_bytes(storage: str | None) -> dict[str, int]:
+    """Of the folder for temporary files, and of the storage where it is on a disk."""
+    from trainers.storage import Storage
+
+    folders = [Path(tempfile.gettempdir())]
+    local = None if storage is None else Storage(storage).local
+    if local is not None and local.is_dir():
+        folders.append(local)
+    return {str(folder): shutil.disk_usage(folder).free for folder in folders}
 
 
 # Asking the nodes -------------------------------------------------------------------------------
@@ -214,50 +365,33 @@ def inspect_nodes(
     """
     from trainers.storage import Storage
 
-    nodes = cluster_nodes()
     absolute = [str(path.absolute()) for path in files]
     if storage is None:
-        driver = inspect_here("", None, None, absolute)
-        return driver, _ask(nodes, (None, None, absolute), timeout_s)
+        return _inspect(None, None, absolute, timeout_s)
     place = Storage(storage)
     probe = f".golf-ray-probe-{uuid.uuid4().hex}"
     place.write_bytes(probe, probe.encode())
     try:
-        driver = inspect_here("", place.uri, probe, absolute)
-        return driver, _ask(nodes, (place.uri, probe, absolute), timeout_s)
+        return _inspect(place.uri, probe, absolute, timeout_s)
     finally:
         place.remove(probe)
 
 
-def _ask(nodes: Sequence[Node], arguments: tuple[Any, ...], timeout_s: float) -> list[NodeReport]:
-    import ray
-    from ray.exceptions import RayError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    look: Callable[..., Any] = ray.remote(inspect_here).options
-    refs = {
-        node.name: look(
-            num_cpus=0,
-            max_retries=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-        ).remote(node.name, *arguments)
-        for node in nodes
-    }
-    ray.wait(list(refs.values()), num_returns=len(refs), timeout=timeout_s)
-    reports = []
-    for name, ref in refs.items():
-        try:
-            reports.append(ray.get(ref, timeout=0))
-        except TimeoutError:
-            ray.cancel(ref, force=True)
-            reports.append(_silent(name, f"did not answer within {timeout_s:g} s"))
-        except RayError as error:
-            text = " ".join(str(error).split())
-            missing = "No module named" in text
-            why = "golf_ray cannot be imported" if missing else text[-160:]
-            reports.append(_silent(name, f"could not be looked at ({why})"))
-    return reports
+def _inspect(
+    storage: str | None, probe: str | None, files: Sequence[str], timeout_s: float
+) -> tuple[NodeReport, list[NodeReport]]:
+    nodes = cluster_nodes()
+    driver = inspect_here("", storage, probe, files)
+    found = run_on_nodes(
+        inspect_here, nodes, lambda node: (node.name, storage, probe, files), timeout_s=timeout_s
+    )
+    return driver, [_reported(node, answer) for node, answer in zip(nodes, found, strict=True)]
 
 
-def _silent(name: str, error: str) -> NodeReport:
-    return NodeReport(node=name, versions={}, error=error)
+def _reported(node: Node, answer: NodeReport | NodeFailure) -> NodeReport:
+    offered_gpus = node.resources.get("GPU", 0.0)
+    if isinstance(answer, NodeFailure):
+        return NodeReport(
+            node=node.name, versions={}, offered_gpus=offered_gpus, error=answer.reason
+        )
+    return replace(answer, offered_gpus=offered_gpus)

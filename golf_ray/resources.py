@@ -105,7 +105,7 @@ def find_shortfall(
         )
     if missing:
         return ClusterError(f"{asked}, but {there}", _lower_or_join(missing[0]))
-    if not _fits(nodes, bundles, placement):
+    if not fits(nodes, bundles, placement):
         remedy = _lower_or_join(next(iter(wanted)))
         if placement in ("STRICT_PACK", "STRICT_SPREAD"):
             remedy = f"set cluster.placement to PACK, or {remedy}"
@@ -119,7 +119,7 @@ def _lower_or_join(resource: str) -> str:
     return f"{fewer}, or join a larger cluster with --address"
 
 
-def _fits(nodes: Sequence[Node], bundles: Sequence[Bundle], placement: Placement) -> bool:
+def fits(nodes: Sequence[Node], bundles: Sequence[Bundle], placement: Placement) -> bool:
     """Whether bundles go onto nodes; greedy, exact where all bundles are equal."""
     if placement == "STRICT_PACK":
         return any(_holds(n.resources, _sum(bundles)) for n in nodes)

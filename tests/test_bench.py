@@ -195,3 +195,27 @@ def test_ttt_document_as_tables() -> None:
     text = "\n".join(title + "\n" + str(rows) for title, rows in tables)
     for words in ("2,048", "930,909", "1,246 s", "80.0 GB", "9.5 s", "200 documents at a time"):
         assert words in text, words
+
+
+def test_bench_quantize_measures_compares_and_writes(tmp_path: Path) -> None:
+    first = tmp_path / "first.json"
+    options = ("bench", "quantize", "--preset", "tiny", "--settings", "3")
+    done = golf_ray(*options, "--out", first, "--json")
+    assert done.status == 0, done.err
+    document = json.loads(done.out)
+    assert document == json.loads(first.read_text()) and document["kind"] == "bench quantize"
+    assert all(s > 0 for s in document["seconds"].values())
+    assert document["shape"]["weights"].startswith("random")
+    sizes = document["bytes"]
+    assert sizes["predicted"] / sizes["true"] == sizes["predicted_over_true"]
+    assert sizes["predicted"] == pytest.approx(sizes["true"], rel=0.02)
+    assert abs(sizes["rule_off"]) < 0.005 * sizes["predicted"]
+
+    again = golf_ray(*options, "--no-compress", "--compare", first)
+    assert again.status == 0, again.err
+    for words in ("codes of 3 together", "predicted by entropy", "against the earlier run"):
+        assert words in again.out
+    other = golf_ray("bench", "quantize", "--preset", "laptop", "--compare", first, "--no-compress")
+    assert other.status == 2 and "preset is 'tiny'" in other.error
+    kind = golf_ray("bench", "train", "--preset", "tiny", "--compare", first)
+    assert kind.status == 2 and "no document of 'golf-ray bench train'" in kind.error

@@ -12,9 +12,10 @@ from optuna.trial import TrialState
 from reference import FOLDER
 
 from golf_ray.presets import TINY
-from golf_ray.sweep.runner import SweepPlan, run_sweep
-from golf_ray.sweep.space import Space
-from golf_ray.sweep.table import read_records, trials_frame
+from golf_ray.sweeps.plan import SweepPlan
+from golf_ray.sweeps.runner import run_sweep
+from golf_ray.sweeps.space import Space
+from golf_ray.sweeps.table import read_records, trials_frame
 
 pytestmark = [pytest.mark.ray_cluster, pytest.mark.timeout(600)]
 
@@ -50,10 +51,14 @@ def test_a_trial_that_fails_is_a_failure_with_its_reason(cluster: str, tmp_path:
         space=space,
         num_trials=3,
         evals_per_training=2,
-        folder=tmp_path / "sweep",
+        storage=str(tmp_path),
+        data="tiny",
+        max_concurrent=1,
     )
     assert plan.num_trainings == 2
-    assert run_sweep(plan) == 1
+    outcome = run_sweep(plan)
+    assert (outcome.num_done, outcome.num_failed) == (2, 1)
+    assert outcome.complete and not outcome.disagreements
 
     frame = trials_frame(read_records(plan.trials_folder))
     assert frame["trial"].tolist() == [1, 2, 3]
@@ -65,7 +70,7 @@ def test_a_trial_that_fails_is_a_failure_with_its_reason(cluster: str, tmp_path:
     assert frame["weights"].tolist()[:2] == ["int6", "int6"]
     assert math.isfinite(frame["ttt_bpb"][0])
 
-    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{plan.folder / 'optuna.db'}")
+    study = optuna.load_study(study_name="mine", storage=f"sqlite:///{plan.folder.path}/optuna.db")
     states = [trial.state for trial in study.trials]
     assert states == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL]
     assert study.best_value == frame["ttt_bpb"][:2].min()

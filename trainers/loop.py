@@ -24,7 +24,7 @@ from torch import Tensor
 from golf_ray.config import Config
 from golf_ray.data.loader import PackedLoader
 from golf_ray.data.packing import BOUNDS_MULTIPLE
-from golf_ray.errors import ConfigError, TrainingFailed
+from golf_ray.errors import ConfigError
 from golf_ray.metric import Score
 from golf_ray.model.compute import choose_compute
 from golf_ray.model.model import GolfModel
@@ -35,6 +35,7 @@ from golf_ray.optim.optimizer import GolfOptimizer
 from golf_ray.optim.world import World
 from trainers.batches import HostBatch, HostBatches, random_batch
 from trainers.code_cache import CodeCache
+from trainers.convergence import require_convergence
 from trainers.micro_batches import MicroBatches
 from trainers.pace import Pace, require_speed
 from trainers.reporting import Interval, Reporter
@@ -398,7 +399,7 @@ class TrainingRun:
         """Loss and gradient norm of the last step, once they are there; NaN before the first.
 
         Raises:
-            TrainingFailed: the loss is not finite.
+            TrainingFailed: the loss is not finite, or the run has diverged.
         """
         if self._last is None:
             return math.nan, math.nan
@@ -407,11 +408,7 @@ class TrainingRun:
         if last.before is not None:
             seconds = last.loss_and_norm.seconds_since(last.before) - last.left_out_s
             self.pace.took(last.number, seconds, last.looping)
-        if not math.isfinite(loss):
-            raise TrainingFailed(
-                f"the loss is not finite at step {last.number}: {loss}",
-                "lower the learning rates or the momentum, or look at the data",
-            )
+        require_convergence(self.config, last.number, loss)
         return loss, norm
 
     def _check_speed(self) -> None:

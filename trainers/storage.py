@@ -3,7 +3,11 @@
 A thin layer over pyarrow's file systems (and fsspec's for what pyarrow does not know), with the
 same promise as `golf_ray.records`: a file is written whole or not at all.
 
-Invariant: errors of the file system come out as one-line `StorageError`s that name the place.
+A URI may end in a query, such as `s3://bucket/run?endpoint_override=host:9000&scheme=http`: it
+belongs to the file system and stays with everything below.
+
+Invariant: errors of the file system come out as one-line `StorageError`s that name the place, and
+never a key that a URI carries.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,12 +26,13 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from golf_ray.errors import StorageError
-from golf_ray.records import append_jsonl, atomic_write_bytes, storage_error
+from golf_ray.records import append_jsonl, atomic_path, atomic_write_bytes, storage_error
 
 FLUSH_S = 5.0
 """Object stores cannot append: a growing file is written again at most this often."""
 
 _COPY_BYTES = 1 << 22
+_USER = re.compile(r"^([a-z0-9+.-]+://)[^/@]*@", re.IGNORECASE)
 
 
 class Storage:
@@ -43,22 +49,30 @@ class Storage:
         text = str(uri)
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
-        self.uri = text.rstrip("/") or "/"
+        base, query = _split(text)
+        self._base = base.rstrip("/") or "/"
+        self._query = query
+        self.uri = self._base + query
         # Resolving an object store anew would ask it over the network.
-        self.filesystem, path = _resolve(self.uri) if _on is None else _on._below(self.uri)
+        self.filesystem, path = _resolve(self.uri) if _on is None else _on._below(self._base)
         self.path: str = path.rstrip("/") or "/"
 
-    def _below(self, uri: str) -> tuple[pafs.FileSystem, str]:
-        return self.filesystem, self.path + uri.removeprefix(self.uri)
+    def _below(self, base: str) -> tuple[pafs.FileSystem, str]:
+        return self.filesystem, self.path + base.removeprefix(self._base)
 
     @property
     def local(self) -> Path | None:
         """The folder as a path, where the file system is this machine's (or mounted)."""
         return Path(self.path) if isinstance(self.filesystem, pafs.LocalFileSystem) else None
 
+    @property
+    def name(self) -> str:
+        """The folder's own name, the last part of its path."""
+        return self._base.rpartition("/")[2]
+
     def child(self, name: str) -> Storage:
         """A folder below."""
-        return Storage(f"{self.uri}/{name}", _on=self)
+        return Storage(self.uri_of(name), _on=self)
 
     def place(self, name: str) -> str:
         """A file's path as the file system has it."""
@@ -92,16 +106,26 @@ class Storage:
             return
         with self._named(name):
             self.filesystem.create_dir(self.path, recursive=True)
-            # An object appears when its stream is closed, and not if that fails.
+            # An object appears when its stream is closed, and not if a write or that fails.
             with self.filesystem.open_output_stream(self.place(name)) as stream:
                 stream.write(data)
 
     def write_file(self, name: str, source: Path) -> None:
         """Copy a file of this machine here; it appears whole."""
         with self._named(name), open(source, "rb") as file:
+            if self.local is not None:
+                with atomic_path(self.local / name) as temporary, open(temporary, "wb") as into:
+                    shutil.copyfileobj(file, into, _COPY_BYTES)
+                return
             self.filesystem.create_dir(self.path, recursive=True)
-            with self.filesystem.open_output_stream(self.place(name)) as stream:
-                shutil.copyfileobj(file, stream, _COPY_BYTES)
+            try:
+                with self.filesystem.open_output_stream(self.place(name)) as stream:
+                    shutil.copyfileobj(file, stream, _COPY_BYTES)
+            except BaseException:
+                # A stream is closed in any case, and with that half an object may appear.
+                with contextlib.suppress(OSError):
+                    self.filesystem.delete_file(self.place(name))
+                raise
 
     def copy(self, source: str, target: str) -> None:
         """Copy a file within the folder; it appears whole."""
@@ -130,12 +154,12 @@ class Storage:
 
     def uri_of(self, name: str) -> str:
         """What to call a file or folder below, to people and to other programs."""
-        return f"{self.uri}/{name}"
+        return f"{self._base}/{name}{self._query}"
 
     @contextlib.contextmanager
     def _named(self, name: str) -> Iterator[None]:
         """Turn errors of the file system into one line about `name`."""
-        where = self.uri_of(name) if name else self.uri
+        where = shown(self.uri_of(name) if name else self.uri)
         try:
             yield
         except OSError as error:
@@ -198,17 +222,30 @@ def parse_lines(data: bytes) -> list[Any]:
     return values
 
 
+def shown(uri: str) -> str:
+    """A path or URI as people may see it: without keys and without the file system's options."""
+    base, _ = _split(uri)
+    return _USER.sub(r"\1", base)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """A URI before its query, and the query with its question mark; a path has none."""
+    base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    return base, mark + query
+
+
 def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
         if "://" not in uri:
             return pafs.LocalFileSystem(), uri
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
-        known = _from_fsspec(uri)
+        # A query is a language of pyarrow's own.
+        known = None if _split(uri)[1] else _from_fsspec(uri)
         if known is not None:
             return known
         raise StorageError(
-            f"{uri} is no storage that can be used ({_line(error)})",
+            f"{shown(uri)} is no storage that can be used ({_line(error)})",
             "give a path or a URI such as s3://bucket/folder",
         ) from None
 

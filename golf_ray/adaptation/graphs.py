@@ -9,6 +9,7 @@ Invariant: a replayed step is the padded step kernel by kernel, and padding reac
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,12 @@ GRAINS = ((16, 4), (64, 8), (128, 16), (1 << 30, 32))
 
 What one of eight GPUs gets of the field's 50,000 documents are so 123 shapes of 4,784 steps, with
 8% more tokens and 6% more documents than there are.
+"""
+
+CAPTURE_AFTER = 1
+"""Times that a shape runs kernel by kernel before it is captured."""
+SHORT_SHARE = 0.15
+"""Memory is given back to the driver, which costs more than a step, where less than this is free.
 """
 
 Compute = Callable[[Batch, Tensor], Tensor]
@@ -67,6 +74,11 @@ class _Graph:
     losses_S: Tensor
 
 
+def _memory_is_short(device: torch.device) -> bool:
+    free, total = torch.cuda.mem_get_info(device)
+    return free < SHORT_SHARE * total
+
+
 class StepGraphs:
     """Runs padded steps of one engine.
 
@@ -80,7 +92,7 @@ class StepGraphs:
         self._adapters = adapters
         self._compute = compute
         self._device = device
-        self._seen: set[Shape] = set()
+        self._seen: Counter[Shape] = Counter()
         self._graphs: dict[Shape, _Graph] = {}
         self._pool: Any = None
 
@@ -91,12 +103,12 @@ class StepGraphs:
             torch.OutOfMemoryError: the step does not fit, and nothing of it has happened.
         """
         factors = np.asarray(self._adapters.optimizer.factors(host.rows), dtype=np.float32)
-        if shape not in self._seen:
-            if self._device.type == "cuda":
+        if self._seen[shape] < CAPTURE_AFTER:
+            if self._device.type == "cuda" and _memory_is_short(self._device):
                 # What steps of other shapes held would stay beside what this one takes.
                 torch.cuda.empty_cache()
             losses_S = self._compute(host.on(self._device), send(factors, self._device))
-            self._seen.add(shape)
+            self._seen[shape] += 1
         else:
             found = self._graphs.get(shape) or self._captured(host, shape)
             for own, given in (

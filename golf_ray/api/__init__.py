@@ -19,20 +19,31 @@ from golf_ray.api.evaluating import (
     validation_stream,
 )
 from golf_ray.api.machine import cpu_count, cpu_threads, fitted_to_machine, pick_device
-from golf_ray.api.quantizing import Quantization, default_artifact, quantize
+from golf_ray.api.quantizer import Quantizer
+from golf_ray.api.quantizing import (
+    Calibration,
+    Quantization,
+    calibrate,
+    default_artifact,
+    quantize,
+    stored_hessians,
+)
 from golf_ray.api.training import Training, read_run_config, train
 from golf_ray.api.weights import StoredWeights, config_for, open_weights, require_trusted
 
 __all__ = [
+    "Calibration",
     "Evaluation",
     "Evaluations",
     "FailedEvaluation",
     "LedgerAudit",
     "Method",
     "Quantization",
+    "Quantizer",
     "StoredWeights",
     "Training",
     "audit",
+    "calibrate",
     "config_for",
     "cpu_count",
     "cpu_threads",
@@ -45,6 +56,7 @@ __all__ = [
     "quantize",
     "read_run_config",
     "require_trusted",
+    "stored_hessians",
     "train",
     "validation_stream",
 ]

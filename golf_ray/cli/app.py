@@ -14,11 +14,15 @@ from golf_ray.cli import (
     audit,
     bench,
     config,
+    confirm,
     data,
     doctor,
     evaluate,
     quantize,
     quickstart,
+    status,
+    submit,
+    sweep,
     train,
 )
 from golf_ray.cli.frame import NO_VALUE, SETTINGS, Verbs, add_verb, examples, make_group, paragraphs
@@ -42,6 +46,10 @@ def application() -> typer.Typer:
     add_verb(app, "quantize", quantize.quantize, quantize.EXAMPLES)
     add_verb(app, "eval", evaluate.evaluate, evaluate.EXAMPLES)
     add_verb(app, "audit", audit.audit, audit.EXAMPLES)
+    add_verb(app, "sweep", sweep.sweep, sweep.EXAMPLES)
+    add_verb(app, "confirm", confirm.confirm, confirm.EXAMPLES)
+    add_verb(app, "status", status.status, status.EXAMPLES)
+    add_verb(app, "submit", submit.submit, submit.EXAMPLES)
     app.add_typer(bench.group(), name="bench")
     app.add_typer(config.group(), name="config")
     add_verb(app, "doctor", doctor.doctor, doctor.EXAMPLES)

@@ -25,7 +25,12 @@ from golf_ray.errors import UsageError
 if TYPE_CHECKING:
     from golf_ray.config import Config
 
-EXAMPLES = examples("golf-ray bench train", "golf-ray bench kernels", "golf-ray bench ttt")
+EXAMPLES = examples(
+    "golf-ray bench train",
+    "golf-ray bench kernels",
+    "golf-ray bench ttt",
+    "golf-ray bench quantize",
+)
 TRAIN_EXAMPLES = examples(
     "golf-ray bench train",
     "golf-ray bench train --profile --json > today.json",
@@ -43,7 +48,17 @@ TTT_EXAMPLES = examples(
     "golf-ray bench ttt --set adaptation.chunk_size=48 --no-start-up",
     "golf-ray bench ttt --preset laptop --seconds 5",
 )
+QUANTIZE_EXAMPLES = examples(
+    "golf-ray bench quantize",
+    "golf-ray bench quantize --settings 16 --out today.json",
+    "golf-ray bench quantize --compare yesterday.json --no-compress",
+    "golf-ray bench quantize --preset laptop",
+)
 
+Compare = Annotated[
+    Path | None,
+    typer.Option("--compare", metavar="FILE", help="An earlier JSON document, for ratios."),
+]
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON document there too.")
 ]
@@ -51,10 +66,13 @@ Out = Annotated[
 
 def group() -> typer.Typer:
     """The verbs of `golf-ray bench`."""
-    app = make_group("Measure speed: training, test-time training, and each kernel.", EXAMPLES)
+    app = make_group(
+        "Measure speed: training, test-time training, quantisation, kernels.", EXAMPLES
+    )
     add_verb(app, "train", train, TRAIN_EXAMPLES)
     add_verb(app, "kernels", kernels, KERNEL_EXAMPLES)
     add_verb(app, "ttt", ttt, TTT_EXAMPLES)
+    add_verb(app, "quantize", quantize, QUANTIZE_EXAMPLES)
     return app
 
 
@@ -84,10 +102,7 @@ def train(
             help="Time to the first step, in processes of their own: cold, then warm.",
         ),
     ] = True,
-    compare: Annotated[
-        Path | None,
-        typer.Option("--compare", metavar="FILE", help="An earlier JSON document, for ratios."),
-    ] = None,
+    compare: Compare = None,
     out: Out = None,
     preset: Preset = None,
     config: ConfigFile = None,
@@ -102,7 +117,7 @@ def train(
     record preset where none is named.
     """
     chosen = _configuration(preset, config, assignments, data_dir, workers)
-    earlier = None if compare is None else _read(compare)
+    earlier = None if compare is None else _read(compare, "bench train")
     from golf_ray.bench import report
 
     with progress_bar() as bar:
@@ -191,6 +206,46 @@ def ttt(
     _give(found, out, as_json, report.ttt_rows)
 
 
+def quantize(
+    settings: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Clip sigmas that are quantised together.")
+    ] = 8,
+    compress: Annotated[
+        bool,
+        typer.Option(
+            "--compress/--no-compress",
+            metavar=NO_VALUE,
+            help="Compress an artifact too: a minute at the record's size.",
+        ),
+    ] = True,
+    compare: Compare = None,
+    out: Out = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure quantisation: factors, codes of one setting and of many, size, compression.
+
+    Weights and calibration tokens are random. The record preset where none is named.
+    """
+    chosen = _configuration(preset, config, assignments, None, 1)
+    from golf_ray.bench import quantization
+
+    earlier = None if compare is None else _read(compare, quantization.KIND)
+    with progress_bar() as bar:
+        found = quantization.bench_quantization(
+            chosen,
+            settings=settings,
+            compress=compress,
+            tell=lambda what: bar.update(what, 0, 0),
+        )
+    if earlier is not None:
+        found["against_earlier"] = quantization.against(found, earlier)
+    _give(found, out, as_json, quantization.quantization_rows)
+
+
 def _configuration(
     preset: str | None,
     config: Path | None,
@@ -207,16 +262,16 @@ def _configuration(
     return resolve_config(options, changes={"cluster.num_workers": workers})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be compared with ({error})", "give a JSON document of an earlier run"
         ) from None
-    if not isinstance(found, dict) or found.get("kind") != "bench train":
+    if not isinstance(found, dict) or found.get("kind") != kind:
         raise UsageError(
-            f"{path} is no document of 'golf-ray bench train'", "give one written with --json"
+            f"{path} is no document of 'golf-ray {kind}'", "give one written with --json"
         )
     return found
 

@@ -11,12 +11,24 @@ import typer
 
 from golf_ray.cli.frame import NO_VALUE, add_verb, examples, make_group
 from golf_ray.cli.options import AsJson, Debug
-from golf_ray.cli.output import count, duration, number_of, print_json, print_report, progress_bar
+from golf_ray.cli.output import (
+    Bar,
+    count,
+    duration,
+    number_of,
+    print_json,
+    print_report,
+    progress_bar,
+)
 from golf_ray.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from golf_ray.data.build import SplitCounts
+    from golf_ray.data.fetch import FetchReport
     from golf_ray.data.verify import SplitReport, VerifyReport
+    from golf_ray.data_nodes import FetchOrder, NodeFetch, NodeProgress
 
 EXAMPLES = examples(
     "golf-ray data build ~/texts --vocab-size 1024",
@@ -32,6 +44,7 @@ BUILD_EXAMPLES = examples(
 FETCH_EXAMPLES = examples(
     "golf-ray data fetch --repo OWNER/NAME --variant sp8192 --train-shards 10",
     "golf-ray data fetch --repo OWNER/NAME --data-dir /mnt/data --json",
+    "golf-ray data fetch --repo OWNER/NAME --data-dir /mnt/data --address auto",
 )
 VERIFY_EXAMPLES = examples(
     "golf-ray data verify",
@@ -44,6 +57,7 @@ _STAGES = {
     "tokenize": "tokenising",
     "write": "writing",
 }
+_DOING = {"fetch": "fetching", "wait": "waiting for another fetch into this folder"}
 
 Folder = Annotated[
     Path,
@@ -183,21 +197,45 @@ def fetch(
         str | None,
         typer.Option(metavar="URL", help="Address of the hub; HF_ENDPOINT's where not given."),
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT",
+            help="Fetch onto every node of this running Ray cluster ('auto' finds one), into the "
+            "same folder on each.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Get published shards and their tokenizer from a hub; what is there is not fetched again.
 
     Sizes and hashes are checked, and the disk's space before anything is fetched. A fetch that
-    was stopped goes on where it was.
+    was stopped goes on where it was. With --address each node asks the hub itself, with its own
+    HF_TOKEN; one that fails is named, the others go on, and the status is 1.
     """
     from golf_ray.data.fetch import RepoLayout, fetch_dataset
 
+    if address is not None:
+        from golf_ray.data_nodes import FetchOrder
+
+        order = FetchOrder(
+            repo=repo,
+            variant=variant,
+            train_shards=train_shards,
+            out_dir=str(data_dir.absolute()),
+            endpoint=endpoint,
+            revision=revision,
+            layout=RepoLayout(folder=folder, tokenizer=tokenizer),
+        )
+        _fetch_on_nodes(order, address, as_json)
+        return
     began_s = time.perf_counter()
     with progress_bar() as bar:
 
         def told(stage: str, done: int, total: int) -> None:
-            bar.update("fetching", done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+            bar.update(_DOING[stage], done, total, _megabytes(done, total))
 
         report = fetch_dataset(
             variant,
@@ -218,15 +256,63 @@ def fetch(
         [
             ("shards", f"{report.num_train_shards} training, {report.num_val_shards} validation"),
             ("tokenizer", str(report.tokenizer)),
-            (
-                "fetched",
-                f"{number_of(report.fetched_files, 'file')}, {count(report.fetched_bytes)} bytes; "
-                f"{count(report.present_files)} were there",
-            ),
+            ("fetched", _fetched(report)),
             ("revision", report.revision),
             ("time", duration(seconds)),
         ],
     )
+
+
+def _fetched(report: FetchReport) -> str:
+    return (
+        f"{number_of(report.fetched_files, 'file')}, {count(report.fetched_bytes)} bytes; "
+        f"{count(report.present_files)} were there"
+    )
+
+
+def _megabytes(done: int, total: int) -> str:
+    return f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+
+
+def _fetch_on_nodes(order: FetchOrder, address: str, as_json: bool) -> None:
+    from golf_ray.cluster import connect
+    from golf_ray.data_nodes import fetch_on_nodes, require_all
+
+    began_s = time.perf_counter()
+    with progress_bar() as bar, connect(address):
+
+        def done(outcome: NodeFetch) -> None:
+            if not as_json:
+                said = outcome.problem if outcome.report is None else _fetched(outcome.report)
+                bar.say(f"node {outcome.node}: {said}")
+
+        found = fetch_on_nodes(order, on_progress=lambda at: _show_nodes(bar, at), on_done=done)
+    seconds = time.perf_counter() - began_s
+    good = [outcome for outcome in found if outcome.report is not None]
+    if as_json:
+        nodes = [outcome.to_dict() for outcome in found]
+        print_json({"ok": len(good) == len(found), "nodes": nodes, "seconds": seconds})
+    elif good:
+        print_report(
+            order.out_dir,
+            [
+                ("nodes", f"{len(good)} of {len(found)} have the data"),
+                ("revision", good[0].report.revision if good[0].report else ""),
+                ("time", duration(seconds)),
+            ],
+        )
+    require_all(found)
+
+
+def _show_nodes(bar: Bar, at: Mapping[str, NodeProgress]) -> None:
+    """Bytes of all nodes together, and how far each is."""
+    done = sum(node.done_bytes for node in at.values())
+    total = sum(node.total_bytes for node in at.values())
+    each = ", ".join(
+        f"{name} {node.done_bytes / node.total_bytes:.0%}" if node.total_bytes else f"{name} waits"
+        for name, node in at.items()
+    )
+    bar.update("fetching", done, total, each, phase="fetching")
 
 
 def verify(
@@ -255,7 +341,7 @@ def verify(
     with progress_bar() as bar:
 
         def told(stage: str, done: int, total: int) -> None:
-            bar.update("verifying", done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+            bar.update("verifying", done, total, _megabytes(done, total))
 
         data = DataConfig(dir=str(data_dir), dataset=dataset, tokenizer=tokenizer)
         report = verify_dataset(data, vocab_size or _only_vocabulary(data_dir), progress=told)

@@ -19,8 +19,8 @@ NO_VALUE = ""
 
 
 VERBS = (
-    "quickstart", "data", "train", "quantize", "eval", "audit", "sweep", "bench", "config",
-    "doctor",
+    "quickstart", "data", "train", "quantize", "eval", "audit", "sweep", "confirm", "status",
+    "submit", "bench", "config", "doctor",
 )  # fmt: skip
 """Order of the verbs in help, that of the work; others come last."""
 

@@ -10,10 +10,11 @@ import typer
 
 from golf_ray.cli.frame import examples
 from golf_ray.cli.options import AsJson, Debug
-from golf_ray.cli.output import Bar, count, duration, print_json, progress_bar
+from golf_ray.cli.output import count, duration, print_json, progress_bar
+from golf_ray.cli.sweep import trial_line
 
 if TYPE_CHECKING:
-    from golf_ray.sweep.quickstart import Quickstart
+    from golf_ray.sweeps.quickstart import Quickstart
 
 EXAMPLES = examples("golf-ray quickstart", "golf-ray quickstart --dir /tmp/golf --json")
 
@@ -33,7 +34,7 @@ def quickstart(
     Python's own library becomes a data set; a search over warmdown, Muon momentum, clip sigmas
     and TTT chunk size trains on Ray, quantises, and scores with test-time training.
     """
-    from golf_ray.sweep import quickstart as steps
+    from golf_ray.sweeps import quickstart as steps
 
     began_s = time.monotonic()
     folder = (directory or Path(f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}")).absolute()
@@ -53,7 +54,7 @@ def quickstart(
             )
         done = steps.run_quickstart(
             plan,
-            on_trial=lambda record: _tell(bar, record, plan.num_trials, as_json),
+            on_trial=lambda record: None if as_json else bar.say(trial_line(record, plan)),
             on_status=lambda n, text: bar.update(text, n, plan.num_trials, phase="search"),
         )
     wall_s = time.monotonic() - began_s
@@ -61,35 +62,21 @@ def quickstart(
         print_json(_document(done, wall_s))
     else:
         _print(done, wall_s)
-    if done.num_failed:
+    if done.outcome.num_failed:
         raise typer.Exit(1)
 
 
-def _tell(bar: Bar, record: dict[str, Any], num_trials: int, quiet: bool) -> None:
-    if quiet:
-        return
-    name = f"trial {record['trial']} of {num_trials}"
-    if record["status"] != "done":
-        bar.say(f"{name}: {record['status']}: {record['reason']}")
-        return
-    trained = "trained" if record["trained"] else "training shared"
-    bar.say(
-        f"{name}: {trained}, int6 {record['int6_bpb']:.4f} bpb, "
-        f"with test-time training {record['ttt_bpb']:.4f}"
-    )
-
-
 def _document(done: Quickstart, wall_s: float) -> dict[str, Any]:
-    from golf_ray.sweep.table import read_records
+    from golf_ray.sweeps.table import read_records
 
     return {
         "wall_s": wall_s,
-        "folder": str(done.plan.folder),
-        "csv": str(done.csv),
-        "parquet": str(done.parquet),
+        "folder": done.plan.storage,
+        "csv": done.plan.folder.uri_of("trials.csv"),
+        "parquet": done.plan.folder.uri_of("trials.parquet"),
         "num_trials": done.plan.num_trials,
-        "num_failed": done.num_failed,
-        "num_trainings": int(done.frame["trained"].sum()),
+        "num_failed": done.outcome.num_failed,
+        "num_trainings": int(done.frame["trained"].fillna(False).sum()),
         "trials": read_records(done.plan.trials_folder),
     }
 
@@ -97,23 +84,23 @@ def _document(done: Quickstart, wall_s: float) -> dict[str, Any]:
 def _print(done: Quickstart, wall_s: float) -> None:
     from rich.console import Console
 
-    from golf_ray.sweep.table import screen_table
+    from golf_ray.sweeps.table import screen_table
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(screen_table(done.frame))
-    root = done.plan.folder.parent
-    trainings = int(done.frame["trained"].sum())
+    trainings = int(done.frame["trained"].fillna(False).sum())
     console.print(
-        f"{len(done.frame)} trials, {trainings} trainings, {done.num_failed} failed, "
+        f"{len(done.frame)} trials, {trainings} trainings, {done.outcome.num_failed} failed, "
         f"{duration(wall_s)}. Lower bpb (bits per byte) is better; best in bold."
     )
-    console.print(f"everything lies in {root}")
+    console.print(f"everything lies in {done.plan.storage}")
+    sweep = f"sweeps/{done.plan.name}"
     for place, what in (
-        (done.csv, "the table as CSV"),
-        (done.parquet, "the table as Parquet"),
-        (done.plan.trials_folder, "a record a trial"),
-        (done.plan.stages_folder, "checkpoints, artifacts, training curves"),
-        (done.plan.folder / "optuna.db", "the Optuna study"),
-        (root / "data", "shards and tokenizer"),
+        (f"{sweep}/trials.csv", "the table as CSV"),
+        (f"{sweep}/trials.parquet", "the table as Parquet"),
+        (f"{sweep}/trials", "a record a trial"),
+        (f"{sweep}/optuna.db", "the Optuna study"),
+        ("stages", "checkpoints, artifacts, training curves"),
+        ("data", "shards and tokenizer"),
     ):
-        console.print(f"  {place.relative_to(root)!s:<22}{what}")
+        console.print(f"  {place:<34}{what}")

@@ -2,6 +2,8 @@
 
 Files that are there and have the hub's hash are not fetched again, so an interrupted fetch goes
 on where it was. Each file is checked (hash, header, ids, vocabulary) before it takes its place.
+Several processes may fetch into one folder, which several machines may share: one goes after the
+other, and finds what the first has fetched.
 
 Invariant: a file under `datasets/` or `tokenizers/` is whole, and is what the hub states.
 """
@@ -19,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from golf_ray.data.hub import HubRepo, RemoteFile
+from golf_ray.data.locking import folder_lock
 from golf_ray.data.manifest import (
     MANIFEST_FORMAT,
     MANIFEST_NAME,
@@ -38,7 +41,8 @@ from golf_ray.errors import DataError, StorageError, UsageError
 from golf_ray.records import atomic_write_json, make_folder, storage_error
 
 Progress = Callable[[str, int, int], None]
-"""Called with "fetch", bytes done and bytes to fetch in all."""
+"""Called with "fetch", bytes done and bytes to fetch in all, and with "wait", 0 and 0 while another
+process fetches into the same folder."""
 
 _VARIANT = re.compile(r"sp(\d+)")
 _IN_FOLDER_NAME = re.compile(r"(?:^|[_-])(sp\d+)$")
@@ -123,14 +127,15 @@ def fetch_dataset(
                 split=found[0] if found else None)
         for file, found in files
     ]  # fmt: skip
-    _refuse_others(dataset_dir, tokenizer, wanted)
-    missing = [item for item in wanted if not item.remote.same_as(item.place)]
-    total_bytes = sum(item.remote.num_bytes for item in missing)
-    _require_space(out_dir, total_bytes)
     report = progress or (lambda stage, done, total: None)
-    with _work_folder(out_dir, (dataset_dir, tokenizer.parent)) as work:
-        _fetch_all(hub, missing, work, vocab_size, report)
-    _write_manifest(dataset_dir, tokenizer, vocab_size, hub, wanted)
+    with folder_lock(out_dir, lambda: report("wait", 0, 0)):
+        _refuse_others(dataset_dir, tokenizer, wanted)
+        missing = [item for item in wanted if not item.remote.same_as(item.place)]
+        total_bytes = sum(item.remote.num_bytes for item in missing)
+        _require_space(out_dir, total_bytes)
+        with _work_folder(out_dir, (dataset_dir, tokenizer.parent)) as work:
+            _fetch_all(hub, missing, work, vocab_size, report)
+        _write_manifest(dataset_dir, tokenizer, vocab_size, hub, wanted)
     return FetchReport(
         dataset_dir=dataset_dir,
         tokenizer=tokenizer,
@@ -292,6 +297,8 @@ def _fetch_one(
         ) from None
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+    # Where a file system knows no locks, another's clearing up may have taken it.
+    item.place.parent.mkdir(parents=True, exist_ok=True)
     os.replace(path, item.place)
 
 

@@ -33,6 +33,7 @@ from golf_ray.model.parameters import (
 )
 from golf_ray.model.parts import is_builtin
 from golf_ray.model.specs import MatrixSpec
+from golf_ray.quantization.batching import Coded, code_matrices, require_settings_alone
 from golf_ray.quantization.container import (
     QuantizedState,
     dequantize,
@@ -41,14 +42,7 @@ from golf_ray.quantization.container import (
     passthrough_kind,
     read_artifact,
 )
-from golf_ray.quantization.gptq import (
-    Factor,
-    gptq_codes,
-    max_code,
-    prepare_factor,
-    rounded_codes,
-    row_scales,
-)
+from golf_ray.quantization.gptq import Factor, max_code, prepare_factor
 from golf_ray.quantization.hessian import collect_hessians
 
 MAX_BATCH_ELEMENTS = 2**25
@@ -126,7 +120,7 @@ def prepare_factors(
     for (_, width), name in owners.items():
         by_width.setdefault(width, []).append(name)
     for width, names in by_width.items():
-        for some in _batches(names, width):
+        for some in _batches(names, width, MAX_BATCH_ELEMENTS):
             stacked_NCC = torch.stack([hessians[name].to(device) for name in some])
             factor = prepare_factor(stacked_NCC, config.quantization.damping, names=some)
             for i, name in enumerate(some):
@@ -165,27 +159,119 @@ def quantize_state(
     check_state(config.model, state, what)
     if factors is None:
         factors = prepare_factors(config, hessians, device=device)
-    weights = unbank(config.model, state)
-    specs = {spec.name: spec for spec in quantized_matrices(config)}
+    return quantize_many(state, factors, [config], device, what=what)[0]
+
+
+def quantize_many(
+    state: Mapping[str, Tensor],
+    factors: Mapping[str, Factor],
+    configs: Sequence[Config],
+    device: torch.device | str = "cpu",
+    *,
+    keep: bool = False,
+    what: str = "the checkpoint",
+) -> list[QuantizedState]:
+    """Quantise a state dict under several bits and clip sigmas, in one pass over its columns.
+
+    Each result is, bit for bit, that of `quantize_state` for its configuration. Results share the
+    tensors in which they are equal. Memory is bounded by `MAX_PASS_ELEMENTS` of
+    golf_ray.quantization.batching, beside the results.
+
+    Args:
+        state: banked, under public names.
+        factors: of `prepare_factors`, on the device.
+        configs: differ, of what matters for codes, in bits and clip sigmas alone.
+        keep: leave the results on the device.
+        what: how messages name the state.
+
+    Raises:
+        UsageError: the configurations differ in another field.
+        CheckpointError: as `quantize_state`.
+    """
+    if not configs:
+        return []
+    first = configs[0]
+    for other in configs[1:]:
+        require_settings_alone(first, other, "settings that are quantised together")
+    check_state(first.model, state, what)
+    weights = unbank(first.model, state)
+    specs = {spec.name: spec for spec in quantized_matrices(first)}
     by_shape: dict[tuple[tuple[int, int], bool], list[MatrixSpec]] = {}
     for spec in specs.values():
         by_shape.setdefault((spec.shape, spec.multiplies), []).append(spec)
-    coded: dict[str, tuple[Tensor, Tensor]] = {}
+    coded: list[dict[str, Coded]] = [{} for _ in configs]
+    target = torch.device(device if keep else "cpu")
     for group in by_shape.values():
-        for some in _batches(group, group[0].shape[1]):
-            coded.update(_quantize_batch(some, weights, factors, config, device))
+        # Of a factor there is one float32 copy here, not the several float64 of its making.
+        for some in _batches(group, group[0].shape[1], 2 * MAX_BATCH_ELEMENTS):
+            settings = [[matrix_setting(s, c.model, c.quantization) for s in some] for c in configs]
+            block = first.quantization.block_columns
+            found = code_matrices(
+                some, weights, factors, settings, block_columns=block, device=device
+            )
+            moved: dict[int, Tensor] = {}
+            for into, matrices in zip(coded, found, strict=True):
+                into.update(
+                    {
+                        name: (_moved(q_RC, target, moved), _moved(scale_R, target, moved))
+                        for name, (q_RC, scale_R) in matrices.items()
+                    }
+                )
+    rest = {
+        name: _as_float16(tensor, name).to(target)
+        for name, tensor in weights.items()
+        if name not in specs
+    }
+    return [
+        _assembled(config, specs, matrices, rest)
+        for config, matrices in zip(configs, coded, strict=True)
+    ]
+
+
+def _assembled(
+    config: Config,
+    specs: Mapping[str, MatrixSpec],
+    coded: Mapping[str, Coded],
+    rest: Mapping[str, Tensor],
+) -> QuantizedState:
+    """A quantised state of its matrices and of what is stored as it is, in the artifact's order."""
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, str] = {}
     for name in unbanked_shapes(config.model):
         if name in coded:
             tensors[f"{name}.q"], tensors[f"{name}.scale"] = coded[name]
-            kinds[name] = gptq_kind(
-                matrix_setting(specs[name], config.model, config.quantization)[0]
-            )
+            bits, _ = matrix_setting(specs[name], config.model, config.quantization)
+            kinds[name] = gptq_kind(bits)
         else:
-            tensors[name] = _as_float16(weights[name], name)
-            kinds[name] = passthrough_kind(tensors[name].dtype)
+            tensors[name] = rest[name]
+            kinds[name] = passthrough_kind(rest[name].dtype)
     return QuantizedState(tensors=tensors, kinds=kinds)
+
+
+def _moved(tensor: Tensor, target: torch.device, moved: dict[int, Tensor]) -> Tensor:
+    """The tensor on another device; one that several settings share is moved once."""
+    if id(tensor) not in moved:
+        moved[id(tensor)] = tensor.to(target)
+    return moved[id(tensor)]
+
+
+def calibrate_checkpoint(
+    config: Config,
+    state: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | None = None,
+    what: str = "the checkpoint",
+) -> dict[str, Tensor]:
+    """The Hessians of a checkpoint, collected in this process; arguments as `quantize_checkpoint`.
+
+    Raises:
+        CheckpointError: the state does not fit the configuration, or there is no batch.
+    """
+    compute = choose_compute(config, torch.device(device), compute_dtype)
+    model = build_model(config.model, state, device=device, compute=compute, what=what)
+    return collect_hessians(model, batches)
 
 
 def quantize_checkpoint(
@@ -215,9 +301,9 @@ def quantize_checkpoint(
     check_state(config.model, state, what)
     begin_s = time.perf_counter()
     if hessians is None:
-        compute = choose_compute(config, torch.device(device), compute_dtype)
-        model = build_model(config.model, state, device=device, compute=compute, what=what)
-        hessians = collect_hessians(model, batches)
+        hessians = calibrate_checkpoint(
+            config, state, batches, device=device, compute_dtype=compute_dtype, what=what
+        )
     calibrated_s = time.perf_counter()
     factors = prepare_factors(config, hessians, device=device)
     damping = config.quantization.damping
@@ -288,36 +374,6 @@ def _trusted(embedded: Config | None, path: Path) -> Config:
     return embedded
 
 
-def _quantize_batch(
-    specs: Sequence[MatrixSpec],
-    weights: Mapping[str, Tensor],
-    factors: Mapping[str, Factor],
-    config: Config,
-    device: torch.device | str,
-) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Codes int8 [R, C] and scales float16 [R], on the CPU, of matrices of one shape."""
-    names = [spec.name for spec in specs]
-    settings = [matrix_setting(spec, config.model, config.quantization) for spec in specs]
-    bits_N1 = torch.tensor([bits for bits, _ in settings], device=device)[:, None]
-    clip_N1 = torch.tensor([clip for _, clip in settings], device=device)[:, None]
-    w_NRC = torch.stack([weights[name].to(device).float() for name in names])
-    scale_NR = row_scales(w_NRC, clip_N1, bits_N1)
-    if specs[0].multiplies:
-        used = [factors[name] for name in names]
-        factor = Factor(
-            order_C=torch.stack([f.order_C for f in used]),
-            dead_C=torch.stack([f.dead_C for f in used]),
-            upper_CC=torch.stack([f.upper_CC for f in used]),
-            damping=torch.stack([f.damping for f in used]),
-        )
-        block = config.quantization.block_columns
-        q_NRC = gptq_codes(w_NRC, scale_NR, bits_N1.expand_as(scale_NR), factor, block, names=names)
-    else:
-        # A table that is only looked up: each row's error counts by itself, so nearest is best.
-        q_NRC = rounded_codes(w_NRC, scale_NR, bits_N1.expand_as(scale_NR), names=names)
-    yield from zip(names, zip(q_NRC.cpu(), scale_NR.cpu(), strict=True), strict=True)
-
-
 def _as_float16(tensor: Tensor, name: str) -> Tensor:
     half = tensor.detach().cpu().half()
     if not bool(half.isfinite().all()):
@@ -328,7 +384,7 @@ def _as_float16(tensor: Tensor, name: str) -> Tensor:
     return half
 
 
-def _batches(items: Sequence[Any], width: int) -> Iterator[Any]:
-    size = max(1, MAX_BATCH_ELEMENTS // width**2)
+def _batches(items: Sequence[Any], width: int, max_elements: int) -> Iterator[Any]:
+    size = max(1, max_elements // width**2)
     for start in range(0, len(items), size):
         yield items[start : start + size]

@@ -2,13 +2,15 @@
 
 Free functions on tensors; they know no model, no file and no configuration. Legend: N matrices of
 one shape in a batch (any number of leading dimensions, or none), R rows (outputs), C columns
-(inputs), `c` the largest code, 2^(bits - 1) - 1.
+(inputs), S settings (scales and bits) of the same matrices, `c` the largest code, 2^(bits - 1) - 1.
 
 Method: Frantar et al. 2022, arXiv:2210.17323, with columns in order of falling Hessian diagonal
 and one scale a row that is rounded to float16 before any code is computed.
 
 Invariant: rows do not see each other. So several clip widths of one matrix may be computed in one
 call as extra rows, and what `prepare_factor` returns depends on the Hessian and the damping alone.
+A setting's codes are the same, bit for bit, beside others and alone: all that has a shape to sum
+over is done for one setting at a time.
 """
 
 from __future__ import annotations
@@ -149,22 +151,51 @@ def gptq_codes(
     Raises:
         CheckpointError: a weight or a scale is not finite.
     """
+    return gptq_codes_many(w_RC, scale_R[None], bits, factor, block_columns, names=names)[0]
+
+
+def gptq_codes_many(
+    w_RC: Tensor,
+    scale_SR: Tensor,
+    bits: int | Tensor,
+    factor: Factor,
+    block_columns: int = 128,
+    *,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """`gptq_codes` of S settings of the same matrices, in one pass over their columns.
+
+    Takes about 10 bytes of memory a code.
+
+    Args:
+        scale_SR: float16 [S, ..., R].
+        bits: one number, or a tensor that broadcasts to [S, ..., R].
+
+    Returns:
+        int8 [S, ..., R, C]; each of the S is what `gptq_codes` gives for it.
+
+    Raises:
+        CheckpointError: a weight or a scale is not finite.
+    """
+    num_settings = len(scale_SR)
     batch, (num_rows, num_columns) = w_RC.shape[:-2], w_RC.shape[-2:]
     w_NRC = w_RC.reshape(-1, num_rows, num_columns).float()
     order_NC = factor.order_C.reshape(-1, num_columns)
     upper_NCC = factor.upper_CC.reshape(-1, num_columns, num_columns)
-    scale_NR = scale_R.reshape(-1, num_rows).float()
-    assert len(w_NRC) == len(upper_NCC) == len(scale_NR), "one factor and one scale row a matrix"
-    _check_inputs(w_NRC, scale_NR, names)
-    limit_NR = _max_codes(bits, like=scale_R).expand(scale_R.shape).reshape(-1, num_rows)
+    scale_SNR = scale_SR.reshape(num_settings, -1, num_rows).float()
+    assert len(w_NRC) == len(upper_NCC) == scale_SNR.shape[1], "one factor and scale row a matrix"
+    _check_inputs(w_NRC, scale_SNR.transpose(0, 1), names)
+    limit_SNR = _max_codes(bits, like=scale_SR).expand(scale_SR.shape).reshape(scale_SNR.shape)
     dead_NC = factor.dead_C.reshape(-1, 1, num_columns)
     # Transposed, so that one column of all rows is one contiguous row of memory.
     w_NCR = w_NRC.masked_fill(dead_NC, 0.0).transpose(-1, -2)
     w_NCR = w_NCR.gather(1, order_NC[:, :, None].expand_as(w_NCR))
-    codes_NCR = _ordered_codes(w_NCR, scale_NR, limit_NR.float(), upper_NCC, block_columns)
-    result_NCR = torch.empty_like(codes_NCR)
-    result_NCR.scatter_(1, order_NC[:, :, None].expand_as(codes_NCR), codes_NCR)
-    return result_NCR.transpose(-1, -2).contiguous().reshape(*batch, num_rows, num_columns)
+    w_SNCR = w_NCR.repeat(num_settings, 1, 1, 1)
+    codes_SNCR = _ordered_codes(w_SNCR, scale_SNR, limit_SNR.float(), upper_NCC, block_columns)
+    result_SNCR = torch.empty_like(codes_SNCR)
+    result_SNCR.scatter_(2, order_NC[None, :, :, None].expand_as(codes_SNCR), codes_SNCR)
+    result_SNRC = result_SNCR.transpose(-1, -2).contiguous()
+    return result_SNRC.reshape(num_settings, *batch, num_rows, num_columns)
 
 
 def rounded_codes(
@@ -203,32 +234,33 @@ def matmul_precision(precision: Literal["highest", "high"]) -> Iterator[None]:
 
 @torch.no_grad()
 def _ordered_codes(
-    w_NCR: Tensor, scale_NR: Tensor, limit_NR: Tensor, upper_NCC: Tensor, block_columns: int
+    w_SNCR: Tensor, scale_SNR: Tensor, limit_SNR: Tensor, upper_NCC: Tensor, block_columns: int
 ) -> Tensor:
-    """Codes int8 [N, C, R] with columns already in order; overwrites `w_NCR`."""
-    num_columns = w_NCR.shape[1]
-    codes_NCR = torch.empty_like(w_NCR, dtype=torch.int8)
-    divisor_NR = _divisor(scale_NR)
-    low_NR = -limit_NR
+    """Codes int8 [S, N, C, R] with columns already in order; overwrites `w_SNCR`."""
+    num_columns = w_SNCR.shape[2]
+    codes_SNCR = torch.empty_like(w_SNCR, dtype=torch.int8)
+    divisor_SNR = _divisor(scale_SNR)
+    low_SNR = -limit_SNR
     diagonal_NC = upper_NCC.diagonal(dim1=-2, dim2=-1)
     with matmul_precision("highest"):
         for start in range(0, num_columns, block_columns):
             end = min(start + block_columns, num_columns)
-            block_NBR = w_NCR[:, start:end]
-            error_NBR = torch.empty_like(block_NBR)
+            error_SNBR = w_SNCR.new_empty((*w_SNCR.shape[:2], end - start, w_SNCR.shape[3]))
             for j in range(start, end):
-                w_NR = w_NCR[:, j]
-                q_NR = torch.round(w_NR / divisor_NR).clamp_(low_NR, limit_NR)
-                codes_NCR[:, j] = q_NR.to(torch.int8)
-                error_NR = (w_NR - q_NR * scale_NR) / diagonal_NC[:, j, None]
-                error_NBR[:, j - start] = error_NR
+                w_SNR = w_SNCR[:, :, j]
+                q_SNR = torch.round(w_SNR / divisor_SNR).clamp_(low_SNR, limit_SNR)
+                codes_SNCR[:, :, j] = q_SNR
+                error_SNR = (w_SNR - q_SNR * scale_SNR) / diagonal_NC[:, j, None]
+                error_SNBR[:, :, j - start] = error_SNR
                 if j + 1 < end:
                     rest = upper_NCC[:, j, j + 1 : end, None]
-                    w_NCR[:, j + 1 : end].addcmul_(rest, error_NR[:, None, :], value=-1.0)
+                    w_SNCR[:, :, j + 1 : end].addcmul_(rest, error_SNR[:, :, None], value=-1.0)
             if end < num_columns:
                 cross_NXB = upper_NCC[:, start:end, end:].transpose(-1, -2)
-                w_NCR[:, end:].baddbmm_(cross_NXB, error_NBR, alpha=-1.0)
-    return codes_NCR
+                # One setting at a time: a product's last bits depend on its shape.
+                for w_NCR, error_NBR in zip(w_SNCR, error_SNBR, strict=True):
+                    w_NCR[:, end:].baddbmm_(cross_NXB, error_NBR, alpha=-1.0)
+    return codes_SNCR
 
 
 def _inverse_factor(h_NCC: Tensor, added_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from golf_ray.config import Config, QuantizationConfig
 from golf_ray.errors import UsageError
+from golf_ray.quantization.artifact import matrix_setting, quantized_matrices
+from golf_ray.quantization.batching import require_settings_alone
 from golf_ray.quantization.container import QuantizedState, kind_bits
 
 BROTLI_OVER_ENTROPY = 1.014
@@ -141,22 +143,57 @@ def predicted_model_bytes(state: QuantizedState) -> int:
 
     Brotli-11 writes a matrix's codes in 1.014 times their order-0 entropy. Two-byte numbers
     (scales, float16 tensors) are counted by the entropy of their low and of their high bytes, which
-    the container's shuffle keeps apart, with a code table for each.
+    the container's shuffle keeps apart, with a code table for each. Counts are taken where the
+    tensors lie; the result is the same on every device.
+
+    An embedding that has hardly been trained has rows that resemble each other, which brotli finds
+    and an entropy does not: a small model of 40 steps weighs 4.4% less than this, within 0.5% the
+    same for all clip sigmas. So one artifact that was compressed corrects those of one checkpoint.
     """
     code_bits = sum(
-        _entropy_bits(state.tensors[f"{name}.q"].numpy().ravel().view(np.uint8))
+        _entropy_bits(state.tensors[f"{name}.q"].flatten().view(torch.uint8))
         for name, kind in state.kinds.items()
         if kind_bits(kind) is not None
     )
     other = [
-        t.contiguous().view(torch.uint8).numpy().ravel()
+        t.contiguous().view(torch.uint8).flatten()
         for n, t in state.tensors.items()
         if t.dim() and not (n.endswith(".q") and t.dtype == torch.int8)
     ]
-    flat = np.concatenate(other) if other else np.zeros(0, dtype=np.uint8)
-    other_bits = _entropy_bits(flat[0::2]) + _entropy_bits(flat[1::2])
+    other_bits = 0.0
+    if other:
+        flat = torch.cat(other)
+        other_bits = _entropy_bits(flat[0::2]) + _entropy_bits(flat[1::2])
     overhead = BYTES_PER_ARTIFACT + BYTES_PER_TENSOR * len(state.tensors)
     return math.ceil(BROTLI_OVER_ENTROPY * (code_bits + other_bits) / 8) + overhead
+
+
+def predict_change(reference: Config, reference_model_bytes: int, config: Config) -> int:
+    """Artifact bytes of a configuration, from those of another that was quantised.
+
+    Needs no weights, so it can be known before a training. By the field's rule: a code's entropy
+    moves by the bits added, less log2 of the ratio of the clip sigmas, so that
+    bytes = reference + sum over matrices of N / 8 * (delta bits - delta log2 clip_sigmas).
+    It counts codes as if none were clipped and steps were fine. On a small trained model that is
+    within 0.6% of the artifact for clips from half to twice the reference's and 5 bits or more of
+    the matrices, 7 or more of the embedding; 4 bits come out 5% too small and 3 bits 13%.
+
+    Args:
+        reference: was quantised.
+        reference_model_bytes: of its artifact, measured or predicted.
+        config: differs from it, of what matters for codes, in bits and clip sigmas alone.
+
+    Raises:
+        UsageError: they differ in another field.
+    """
+    require_settings_alone(reference, config, "configurations whose sizes are compared")
+    added_bits = 0.0
+    for spec in quantized_matrices(config):
+        bits, clip_sigmas = matrix_setting(spec, config.model, config.quantization)
+        before, clip_before = matrix_setting(spec, reference.model, reference.quantization)
+        wider = math.log2(clip_sigmas / clip_before)
+        added_bits += spec.shape[0] * spec.shape[1] * (bits - before - wider)
+    return round(reference_model_bytes + added_bits / 8)
 
 
 def _measure_file(path: Path) -> int:
@@ -174,11 +211,11 @@ def _measure_file(path: Path) -> int:
         raise UsageError(f"the code file {path} is no valid Python ({error})", "mend it") from None
 
 
-def _entropy_bits(values: NDArray[np.uint8]) -> float:
-    """Bits of all values at their own order-0 entropy."""
+def _entropy_bits(values: Tensor) -> float:
+    """Bits of all values, uint8, at their own order-0 entropy."""
     if not len(values):
         return 0.0
-    counts = np.bincount(values, minlength=256)
+    counts = torch.bincount(values, minlength=256).cpu().numpy()
     counts = counts[counts > 0]
     return float(-(counts * np.log2(counts / counts.sum())).sum())
 

@@ -5,17 +5,19 @@ Everything shown comes from records on disk, so it is what anybody else who look
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from golf_ray.records import read_jsonl
-from golf_ray.sweep.runner import SweepPlan
-from golf_ray.sweep.table import read_records
+from golf_ray.errors import StorageError
+from golf_ray.sweeps.plan import SweepPlan
+from golf_ray.sweeps.table import read_records
+from golf_ray.sweeps.trial import FINAL
+from trainers.storage import Storage, parse_lines
 
-POLL_S = 0.5
+POLL_S, REMOTE_POLL_S = 0.5, 5.0
 
 OnTrial = Callable[[dict[str, Any]], None]
 OnStatus = Callable[[int, str], None]
@@ -36,6 +38,11 @@ class SweepWatch:
         self._on_trial = on_trial
         self._on_status = on_status
         self._told: set[int] = set()
+        # Of a sweep that goes on, what ended before is no news.
+        self._before = {
+            r["trial"] for r in read_records(plan.trials_folder) if r["status"] in FINAL
+        }
+        self._poll_s = POLL_S if plan.folder.local is not None else REMOTE_POLL_S
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="golf-ray-watch", daemon=True)
 
@@ -54,30 +61,37 @@ class SweepWatch:
         self._look()
 
     def _run(self) -> None:
-        while not self._stop.wait(POLL_S):
-            self._look()
+        while not self._stop.wait(self._poll_s):
+            # What cannot be read now is read the next time; the sweep itself says what is wrong.
+            with contextlib.suppress(StorageError):
+                self._look()
 
     def _look(self) -> None:
-        running = None
+        running = []
         for record in read_records(self._plan.trials_folder):
-            if record["status"] == "running":
-                running = record
+            if record["status"] not in FINAL:
+                running.append(record)
             elif record["trial"] not in self._told:
                 self._told.add(record["trial"])
-                self._on_trial(record)
-        if running is not None:
-            self._on_status(len(self._told), describe(running, self._plan.stages_folder))
+                if record["trial"] not in self._before:
+                    self._on_trial(record)
+        if running:
+            text = describe(running[0], self._plan.stages_folder)
+            more = f" (and {len(running) - 1} more)" if len(running) > 1 else ""
+            self._on_status(len(self._told), text + more)
 
 
-def describe(record: dict[str, Any], stages_folder: Path) -> str:
+def describe(record: dict[str, Any], stages_folder: Storage) -> str:
     """What a running trial is doing, in a few words."""
     trial = f"trial {record['trial']}"
-    if record["stage"] == "quantize":
+    if "waits_for" in record:
+        return f"{trial}: waiting for {record['waits_for'].partition('/')[2]}"
+    if record["stage"] in ("calibrate", "quantize"):
         return f"{trial}: quantising"
     if record["stage"] == "evaluate":
         return f"{trial}: test-time training"
-    intervals = stages_folder / str(record.get("training")) / "intervals.jsonl"
-    known = read_jsonl(intervals)
+    training = stages_folder.child(str(record.get("training"))).child("run")
+    known = parse_lines(training.read_bytes("intervals.jsonl") or b"")
     if not known:
         return f"{trial}: starting workers"
     last = known[-1]

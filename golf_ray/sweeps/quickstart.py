@@ -16,10 +16,11 @@ from golf_ray.config import Config
 from golf_ray.errors import UsageError
 from golf_ray.presets import LAPTOP
 from golf_ray.records import make_folder
-from golf_ray.sweep.progress import OnStatus, OnTrial, SweepWatch
-from golf_ray.sweep.runner import SweepPlan, run_sweep
-from golf_ray.sweep.space import load_space
-from golf_ray.sweep.table import read_records, trials_frame, write_tables
+from golf_ray.sweeps.plan import SweepPlan
+from golf_ray.sweeps.progress import OnStatus, OnTrial, SweepWatch
+from golf_ray.sweeps.runner import SweepOutcome, local_cluster, run_sweep
+from golf_ray.sweeps.space import load_space
+from golf_ray.sweeps.table import read_records, trials_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,9 +39,7 @@ class Quickstart:
 
     plan: SweepPlan
     frame: pd.DataFrame
-    csv: Path
-    parquet: Path
-    num_failed: int
+    outcome: SweepOutcome
 
 
 def begin(folder: Path) -> None:
@@ -72,6 +71,8 @@ def build_data(folder: Path, progress: Progress | None = None) -> BuildReport:
 
 def plan_quickstart(folder: Path) -> SweepPlan:
     """The sweep over the data of `build_data`."""
+    from golf_ray.data.fingerprints import data_fingerprint
+
     base: Config = LAPTOP.with_overrides({"data.dir": str(folder / "data")})
     return SweepPlan(
         name="quickstart",
@@ -79,7 +80,9 @@ def plan_quickstart(folder: Path) -> SweepPlan:
         space=load_space("laptop", base),
         num_trials=NUM_TRIALS,
         evals_per_training=EVALS_PER_TRAINING,
-        folder=folder / "sweep",
+        finalists=1,
+        data=data_fingerprint(base),
+        storage=str(folder),
     )
 
 
@@ -89,13 +92,7 @@ def run_quickstart(plan: SweepPlan, on_trial: OnTrial, on_status: OnStatus) -> Q
     Raises:
         ClusterError: the cluster cannot be started.
     """
-    from golf_ray.cluster import connect
-
-    cluster = plan.base.cluster
-    busy = max(cluster.num_workers, cluster.eval_actors) * cluster.cpus_per_worker
-    make_folder(plan.trials_folder)
-    with connect(num_cpus=int(busy) + 1), SweepWatch(plan, on_trial, on_status):
-        num_failed = run_sweep(plan)
+    with local_cluster(plan), SweepWatch(plan, on_trial, on_status):
+        outcome = run_sweep(plan)
     frame = trials_frame(read_records(plan.trials_folder))
-    csv, parquet = write_tables(frame, plan.folder)
-    return Quickstart(plan=plan, frame=frame, csv=csv, parquet=parquet, num_failed=num_failed)
+    return Quickstart(plan=plan, frame=frame, outcome=outcome)

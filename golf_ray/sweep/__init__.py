@@ -1,1 +1,0 @@
-"""Sweeps: spaces, staged trials, their search with Ray Tune and Optuna, and the table."""
