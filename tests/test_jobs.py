@@ -59,7 +59,18 @@ def url() -> Iterator[str]:
     finally:
         os.environ["PATH"] = path
         cluster.shutdown()
+        _keep_connection()
         clean_up(folder, grace_s=3.0)
+
+
+def _keep_connection() -> None:
+    """A second cluster's end takes the key-value store away from who is connected to the first."""
+    import ray
+    from ray._private.worker import global_worker
+    from ray.experimental.internal_kv import _initialize_internal_kv
+
+    if ray.is_initialized():
+        _initialize_internal_kv(global_worker.gcs_client)
 
 
 @pytest.fixture(scope="module")

@@ -80,8 +80,11 @@ class Claims:
         self._name = f"{uuid.uuid4().hex}.json"
         self._content = {"who": who, "beat": 0, **_process()}
         self._seen: dict[str, tuple[bytes, float]] = {}
+        self._first: dict[str, bytes] = {}
         self.holder: str | None = None
         """Who was in the way at the last try, for people."""
+        self.is_sure = False
+        """Whether that one is known to be alive: it was seen to beat, or runs on this host."""
 
     def take(self) -> Claim | None:
         """The claim, or None where somebody else is there; try again after a while."""
@@ -112,6 +115,8 @@ class Claims:
                 self._storage.remove(name)
                 continue
             self.holder = _who(data)
+            here = _parsed(data).get("host") == _process()["host"]
+            self.is_sure = here or self._first.setdefault(name, data) != data
         return self.holder is not None
 
     def _is_dead(self, name: str, data: bytes) -> bool:
@@ -120,10 +125,7 @@ class Claims:
         if before is None or before[0] != data:
             self._seen[name] = (data, now_s)
             before = self._seen[name]
-        try:
-            content = json.loads(data)
-        except ValueError:
-            content = {}
+        content = _parsed(data)
         mine = _process()
         if content.get("host") == mine["host"]:
             return not _is_running(content.get("pid"), content.get("started_unix_s"))
@@ -158,8 +160,14 @@ def _is_running(pid: Any, started_unix_s: Any) -> bool:
         return False
 
 
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _who(data: bytes) -> str:
-    with contextlib.suppress(ValueError, KeyError):
-        content = json.loads(data)
-        return f"{content['who']} (process {content['pid']})"
-    return "somebody"
+    content = _parsed(data)
+    return f"{content.get('who', 'somebody')} (process {content.get('pid', 'unknown')})"

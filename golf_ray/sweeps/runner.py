@@ -32,7 +32,7 @@ from golf_ray.sweeps.points import PointsSearch
 from golf_ray.sweeps.rooms import ClusterRooms
 from golf_ray.sweeps.search import StagedOptunaSearch
 from golf_ray.sweeps.store import StageStore
-from golf_ray.sweeps.study import agree, open_study, reconcile
+from golf_ray.sweeps.study import agree, has_study, open_study, reconcile
 from golf_ray.sweeps.table import read_records, trials_frame, write_tables
 from golf_ray.sweeps.trial import (
     FINAL,
@@ -50,6 +50,7 @@ TRIAL_RESTARTS = 2
 """Times that a trial whose process is lost is run again."""
 MOST_CONCURRENT = 32
 DATABASE = "optuna.db"
+DRIVER_POLL_S = 1.0
 DRIVER = "driver"
 """Folder of the claim of whoever runs the sweep."""
 
@@ -195,7 +196,7 @@ def connected_for(plan: SweepPlan, address: str | None) -> Iterator[None]:
         ClusterError: it cannot be reached, is too small, or its nodes disagree.
     """
     from golf_ray.cluster import connect
-    from golf_ray.data.shards import find_shards
+    from golf_ray.data.fingerprints import data_files
     from golf_ray.preflight import preflight
 
     if address is None:
@@ -205,8 +206,11 @@ def connected_for(plan: SweepPlan, address: str | None) -> Iterator[None]:
         return
     with connect(address):
         _require_room(plan)
-        files = find_shards(plan.base.data, plan.base.model.vocab_size, "train")
-        preflight(storage=plan.storage, files=files)
+        preflight(
+            storage=plan.storage,
+            files=data_files(plan.base),
+            needs_flash=plan.base.attention.backend == "fa3",
+        )
         yield
 
 
@@ -231,15 +235,14 @@ def local_cluster(plan: SweepPlan) -> Iterator[None]:
 def _driving(plan: SweepPlan) -> Iterator[None]:
     """Be the only one who runs this sweep."""
     claims = Claims(plan.folder.child(DRIVER), f"the driver of {plan.name}")
-    for _ in range(3):
-        claim = claims.take()
-        if claim is not None:
-            break
-    else:
-        raise UsageError(
-            f"sweep '{plan.name}' is run by {claims.holder} at this moment",
-            "wait for it, or stop it first",
-        )
+    while (claim := claims.take()) is None:
+        # A driver that was killed on another host looks alive until it is seen not to beat.
+        if claims.is_sure:
+            raise UsageError(
+                f"sweep '{plan.name}' is run by {claims.holder} at this moment",
+                "wait for it, or stop it first",
+            )
+        time.sleep(DRIVER_POLL_S)
     with claim:
         yield
 
@@ -259,12 +262,13 @@ def _study(plan: SweepPlan, *, create: bool) -> Iterator[Any]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directions = ["minimize"] * len(plan.objectives)
     if plan.optuna_url is not None:
-        yield open_study(plan.name, plan.optuna_url, directions=directions, create=create)
+        # A sweep may be resumed whose database was lost.
+        new = create or not has_study(plan.name, plan.optuna_url)
+        yield open_study(plan.name, plan.optuna_url, directions=directions, create=new)
         return
     local = plan.folder.local
     if local is not None:
         url = f"sqlite:///{make_folder(local) / DATABASE}"
-        # A sweep may be resumed whose database was lost.
         new = create or not (local / DATABASE).exists()
         yield open_study(plan.name, url, directions=directions, create=new)
         return
