@@ -22,7 +22,7 @@ import numpy as np
 from golf_ray import fingerprint
 from golf_ray.adaptation.scores import ChunkEvent, DocumentScore
 from golf_ray.errors import StorageError, UsageError
-from trainers.storage import Storage
+from trainers.storage import Storage, shown
 
 VERSION = 1
 HEADER = "header.json"
@@ -100,7 +100,7 @@ class Ledger:
         if theirs is None:
             if self._segments.names():
                 raise StorageError(
-                    f"{self._storage.uri} holds scores and no {HEADER} that says of what",
+                    f"{shown(self._storage.uri)} holds scores and no {HEADER} that says of what",
                     "give another folder",
                 )
             return False
@@ -109,29 +109,30 @@ class Ledger:
         version = theirs["version"]
         if version != VERSION:
             raise StorageError(
-                f"{self._storage.uri} is a ledger of version {version}, and this program knows "
-                f"{VERSION}",
+                f"{shown(self._storage.uri)} is a ledger of version {version}, and this program "
+                f"knows {VERSION}",
                 "give another folder",
             )
         named = name_differences(theirs, self._header)
         if named:
             raise UsageError(
-                f"{self._storage.uri} is the ledger of another evaluation: {named}",
+                f"{shown(self._storage.uri)} is the ledger of another evaluation: {named}",
                 "give another folder, or evaluate as it says",
             )
         return True
 
     def _read(self, name: str) -> list[DocumentScore]:
         content = self._segments.read_bytes(name) or b""
+        where = shown(self._segments.uri_of(name))
         if not name.endswith(SUFFIX):
             return []
         if hashlib.sha256(content).hexdigest() != name.removesuffix(SUFFIX):
-            self.troubles.append(f"{self._segments.uri_of(name)} is damaged and counts for nothing")
+            self.troubles.append(f"{where} is damaged and counts for nothing")
             return []
         try:
             return [_score_of(json.loads(line)) for line in content.splitlines()]
         except (ValueError, TypeError, LookupError, AttributeError):
-            self.troubles.append(f"{self._segments.uri_of(name)} holds what is no score")
+            self.troubles.append(f"{where} holds what is no score")
             return []
 
 
@@ -158,7 +159,7 @@ def read_header(where: str) -> dict[str, Any]:
     header = _header_in(storage)
     if header is None:
         raise StorageError(
-            f"{storage.uri} holds no {HEADER}, so it is no ledger",
+            f"{shown(storage.uri)} holds no {HEADER}, so it is no ledger",
             "give the folder that was given to 'golf-ray eval --ledger'",
         )
     return header
@@ -178,7 +179,7 @@ def _header_in(storage: Storage) -> dict[str, Any] | None:
 
 
 def _damaged(storage: Storage) -> StorageError:
-    return StorageError(f"{storage.uri_of(HEADER)} is damaged", "give another folder")
+    return StorageError(f"{shown(storage.uri_of(HEADER))} is damaged", "give another folder")
 
 
 def missing(

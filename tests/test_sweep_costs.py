@@ -173,6 +173,11 @@ def test_a_sweep_by_hand() -> None:
     alone = plan_cost(WHOLE, num_trials=4, evals_per_training=2, cluster_units=16,
                       training_units=8, max_concurrent=1)  # fmt: skip
     assert (alone.trainings_at_once, alone.wall_s) == (1, 2 * 610 + 4 * 1200)
+    # One training at a time though two would fit: the second one beside the first one's trials.
+    single = plan_cost(WHOLE, num_trials=4, evals_per_training=2, cluster_units=16,
+                       training_units=8, max_trainings=1)  # fmt: skip
+    assert (single.trainings_at_once, single.hours) == (1, cost.hours)
+    assert 600 + 600 + 10 + 1200 <= single.wall_s <= 600 + 600 + 10 + 4 * 1200
 
 
 def test_the_last_training_may_have_fewer_trials() -> None:

@@ -59,7 +59,7 @@ from trainers.ray_watch import RunWatch
 from trainers.ray_worker import WorkerJob, train_worker
 from trainers.run_record import OnProgress, RunRecord, TrainingOutcome
 from trainers.state import CONFIG_FILE, FINAL_FILE, differing_fields
-from trainers.storage import Storage
+from trainers.storage import Storage, shown
 
 OUTCOME_FILE = "outcome.json"
 POLL_S = 0.2
@@ -126,10 +126,13 @@ def train_on_ray(
 def _begin_run(storage: Storage, config: Config) -> None:
     if storage.exists(CONFIG_FILE):
         raise UsageError(
-            f"there is a run in {storage.uri}", "add --resume to go on with it, or choose another"
+            f"there is a run in {shown(storage.uri)}",
+            "add --resume to go on with it, or choose another",
         )
     if storage.names():
-        raise UsageError(f"the folder {storage.uri} is not empty", "choose another --run-dir")
+        raise UsageError(
+            f"the folder {shown(storage.uri)} is not empty", "choose another --run-dir"
+        )
     storage.write_bytes(CONFIG_FILE, config.to_json().encode())
 
 
@@ -138,13 +141,14 @@ def _resume_run(storage: Storage, config: Config) -> TrainingOutcome | None:
     data = storage.read_bytes(CONFIG_FILE)
     if data is None:
         raise UsageError(
-            f"there is no run in {storage.uri} to go on with", "leave --resume out to begin one"
+            f"there is no run in {shown(storage.uri)} to go on with",
+            "leave --resume out to begin one",
         )
     differing = differing_fields(config, Config.from_json(data.decode()))
     if differing:
         path, mine, theirs = differing[0]
         raise CheckpointError(
-            f"the run in {storage.uri} was begun with {path} = {theirs!r}, not {mine!r}",
+            f"the run in {shown(storage.uri)} was begun with {path} = {theirs!r}, not {mine!r}",
             "resume it under its own configuration, or begin a new run",
         )
     outcome = storage.read_bytes(OUTCOME_FILE)

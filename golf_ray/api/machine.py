@@ -74,6 +74,7 @@ def connected(
     *,
     storage: str | Path | None = None,
     files: Sequence[Path] = (),
+    needs_flash: bool = False,
 ) -> Iterator[None]:
     """Be connected to a cluster that can do some work, by all that can be seen beforehand.
 
@@ -85,6 +86,7 @@ def connected(
         what: names the work in errors.
         storage: folder or URI that all nodes of a joined cluster must be able to write.
         files: data files that they must all have.
+        needs_flash: those with GPUs must have flash attention.
 
     Raises:
         ClusterError: the cluster cannot be reached, is too small, or its nodes disagree.
@@ -97,7 +99,7 @@ def connected(
     with connect(address, num_cpus=max(asked, cpu_count()) if address is None else None):
         require_resources(bundles, placement, what=what)
         if address is not None:
-            preflight(storage=storage, files=files)
+            preflight(storage=storage, files=files, needs_flash=needs_flash)
         yield
 
 

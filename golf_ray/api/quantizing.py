@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from golf_ray.api.machine import cpu_threads, pick_device
-from golf_ray.api.weights import _INITIAL_ONLY, StoredWeights, config_for, opened
+from golf_ray.api.weights import INITIAL_ONLY, StoredWeights, config_for, opened
 from golf_ray.config import Config, get_field
 from golf_ray.errors import CheckpointError, UsageError
 from golf_ray.fingerprint import LENGTH, of_value
@@ -278,7 +278,7 @@ def _origin(state: Mapping[str, Tensor], config: Config) -> dict[str, Any]:
     model = config.to_dict()["model"]
     return {
         "checkpoint": _fingerprint(state),
-        "model": of_value({n: value for n, value in model.items() if n not in _INITIAL_ONLY}),
+        "model": of_value({n: value for n, value in model.items() if n not in INITIAL_ONLY}),
         **{name: get_field(config, name) for name in _CALIBRATION_FIELDS},
     }
 

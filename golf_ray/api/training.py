@@ -74,12 +74,18 @@ def train(
     shards = find_shards(config.data, config.model.vocab_size, "train")
     if in_process:
         return _train_here(config, str(run_dir), shards, resume, on_progress)
+    from golf_ray.data.fingerprints import data_files
     from golf_ray.resources import training_bundles
     from trainers.ray_train import train_on_ray
 
-    bundles = training_bundles(config)
     with connected(
-        address, bundles, config.cluster.placement, "training", storage=run_dir, files=shards
+        address,
+        training_bundles(config),
+        config.cluster.placement,
+        "training",
+        storage=run_dir,
+        files=shards if address is None else data_files(config),
+        needs_flash=config.attention.backend == "fa3",
     ):
         outcome = train_on_ray(
             config, run_dir, shards=shards, resume=resume, on_progress=on_progress

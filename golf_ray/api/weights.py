@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FINAL_FILE = "final_model.pt"
-_INITIAL_ONLY = frozenset({"qk_gain_init", "tied_embed_init_std"})
+INITIAL_ONLY = frozenset({"qk_gain_init", "tied_embed_init_std"})
 """Fields of a model that say nothing about one that is trained."""
 
 
@@ -141,7 +141,7 @@ def config_for(weights: StoredWeights, config: Config | None, *, force: bool = F
 
 
 def _differing(a: ModelConfig, b: ModelConfig) -> list[tuple[str, Any, Any]]:
-    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _INITIAL_ONLY]
+    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in INITIAL_ONLY]
     return [(n, getattr(a, n), getattr(b, n)) for n in names if getattr(a, n) != getattr(b, n)]
 
 

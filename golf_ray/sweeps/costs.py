@@ -385,6 +385,7 @@ def plan_cost(
     kind: Kind = "GPU",
     price_per_gpu_hour: float = PRICE_PER_GPU_HOUR,
     max_concurrent: int | None = None,
+    max_trainings: int | None = None,
 ) -> SweepCost:
     """What a sweep will take on a cluster that does nothing else.
 
@@ -397,6 +398,7 @@ def plan_cost(
         training_units: that one training holds.
         light_units: that a trial holds while it is quantised and evaluated.
         max_concurrent: trials at a time at most.
+        max_trainings: trainings at a time at most, where that is not as many as fit.
 
     Raises:
         UsageError: a count is below 1, a price below 0, or a training does not fit the cluster.
@@ -418,8 +420,14 @@ def plan_cost(
         training=training_units, light=light_units,
     )  # fmt: skip
     num = math.ceil(num_trials / evals_per_training)
+    at_once = min(num, math.floor(cluster_units / training_units + _TOLERANCE))
+    used_units = cluster_units
+    if max_trainings is not None and max_trainings < at_once:
+        at_once = max_trainings
+        # Room for those and for light work beside them, but not for one more.
+        used_units = min(cluster_units, at_once * training_units + light_units)
     # Also of a sweep that is not wholly known: whether it fits is.
-    wall_s = makespan(jobs, cluster_units, max_at_once=max_concurrent)
+    wall_s = makespan(jobs, used_units, max_at_once=max_concurrent)
     held = {
         "start": num * training_units,
         "train": num * training_units,
@@ -429,7 +437,6 @@ def plan_cost(
     }
     seconds = {part: stages.get(part) for part in PARTS}
     hours = {p: None if (s := seconds[p]) is None else s * held[p] / 3600 for p in PARTS}
-    at_once = min(num, math.floor(cluster_units / training_units + _TOLERANCE))
     return SweepCost(
         num_trials=num_trials,
         num_trainings=num,
@@ -440,7 +447,7 @@ def plan_cost(
         kind=kind,
         stages=stages,
         unit_hours=hours,
-        at_least_wall_s=least_makespan(jobs, cluster_units, max_at_once=max_concurrent),
+        at_least_wall_s=least_makespan(jobs, used_units, max_at_once=max_concurrent),
         wall_s=None if None in seconds.values() else wall_s,
         price_per_hour=price_per_gpu_hour if kind == "GPU" else None,
     )

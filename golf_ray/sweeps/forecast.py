@@ -90,6 +90,8 @@ def forecast(plan: SweepPlan, *, price_per_gpu_hour: float | None = None) -> For
     Raises:
         UsageError: a training is wider than the cluster.
     """
+    from golf_ray.sweeps.runner import trainings_at_once
+
     cluster, kind = plan.base.cluster, unit_kind(plan.base)
     unit = cluster.gpus_per_worker or cluster.cpus_per_worker
     sampled = plan.base.adaptation.sample_documents is not None
@@ -115,6 +117,7 @@ def forecast(plan: SweepPlan, *, price_per_gpu_hour: float | None = None) -> For
         kind=kind,
         price_per_gpu_hour=PRICE_PER_GPU_HOUR if price_per_gpu_hour is None else price_per_gpu_hour,
         max_concurrent=plan.max_concurrent,
+        max_trainings=trainings_at_once(plan) if plan.num_trainings else None,
     )
     return Forecast(plan=plan, cost=cost, power=_power(plan))
 

@@ -165,18 +165,25 @@ def spec_of(plan: SweepPlan, number: int, knobs: dict[str, Any]) -> TrialSpec:
 def concurrent_trials(plan: SweepPlan) -> int:
     """Trials at a time: those that share the trainings that fit side by side, or, where nothing is
     trained, one for each worker."""
-    from golf_ray.resources import cluster_nodes, fits, training_bundles
+    from golf_ray.resources import cluster_nodes, fits
 
     if plan.max_concurrent is not None:
         return plan.max_concurrent
-    nodes, unit = cluster_nodes(), _unit(plan)
     most = min(plan.num_trials, MOST_CONCURRENT)
     if plan.num_trainings == 0:
-        count = 1
+        nodes, unit, count = cluster_nodes(), _unit(plan), 1
         while count < most and fits(nodes, [unit] * (count + 1), "PACK"):
             count += 1
         return count
-    bundles = training_bundles(plan.base)
+    return min(most, trainings_at_once(plan) * plan.evals_per_training)
+
+
+def trainings_at_once(plan: SweepPlan) -> int:
+    """Trainings that run side by side on the connected cluster."""
+    from golf_ray.resources import cluster_nodes, fits, training_bundles
+
+    nodes, unit, bundles = cluster_nodes(), _unit(plan), training_bundles(plan.base)
+    most = min(plan.num_trials, MOST_CONCURRENT)
     # On a GPU light work waits for a training to end; CPUs are shared out more freely.
     beside = [] if unit.get("GPU") else [unit]
     at_once = 1
@@ -184,7 +191,7 @@ def concurrent_trials(plan: SweepPlan) -> int:
         nodes, [*bundles * (at_once + 1), *beside], "PACK"
     ):
         at_once += 1
-    return min(most, at_once * plan.evals_per_training)
+    return at_once
 
 
 @contextlib.contextmanager
