@@ -2,7 +2,7 @@
 
 The Python interface has the shape of the command line's verbs: `golf_ray.train`,
 `golf_ray.quantize`, `golf_ray.evaluate`, `golf_ray.audit`, `golf_ray.sweep`, over a
-`golf_ray.Config`.
+`golf_ray.Config`; `golf_ray.load_results` reads what any of them left.
 
 Invariant: importing this package loads neither torch nor Ray; a name is loaded when it is used.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from golf_ray.config import Config
     from golf_ray.errors import GolfRayError
     from golf_ray.presets import preset
+    from golf_ray.results.reading import load_results
     from golf_ray.sweeps.making import sweep
 
     __version__: str
@@ -28,6 +29,7 @@ __all__ = [
     "audit",
     "evaluate",
     "evaluate_many",
+    "load_results",
     "open_weights",
     "preset",
     "quantize",
@@ -41,6 +43,7 @@ _HOMES = {
     "audit": "golf_ray.api",
     "evaluate": "golf_ray.api",
     "evaluate_many": "golf_ray.api",
+    "load_results": "golf_ray.results.reading",
     "open_weights": "golf_ray.api",
     "preset": "golf_ray.presets",
     "quantize": "golf_ray.api",

@@ -63,6 +63,10 @@ class TrainingFailed(GolfRayError):
     """A training run ended without a result: diverged, lost its workers, ran out of memory."""
 
 
+class TrainingPruned(TrainingFailed):
+    """A training was ended on the way, as its starter asked for, because others stood better."""
+
+
 class EvaluationFailed(GolfRayError):
     """An evaluation ended without a score that may be quoted."""
 

@@ -223,13 +223,21 @@ _LOG_LINE: Callable[[str], re.Match[str] | None] = re.compile(r"^\s+(\w+)\s*:\s*
 
 
 def _read_log(text: str, path: Path) -> dict[str, Any]:
-    lines = text.splitlines()
-    starts = [i for i, line in enumerate(lines) if line.strip().lower() == "hyperparameters:"]
-    if not starts:
+    flat = hyperparameters_in(text)
+    if flat is None:
         raise ConfigError(
             f"{path} holds no `Hyperparameters:` block",
             "give a JSON of the public keys or a public log",
         )
+    return flat
+
+
+def hyperparameters_in(text: str) -> dict[str, Any] | None:
+    """The keys of a log's `Hyperparameters:` block; None where it has none."""
+    lines = text.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.strip().lower() == "hyperparameters:"]
+    if not starts:
+        return None
     flat: dict[str, Any] = {}
     for line in lines[starts[0] + 1 :]:
         match = _LOG_LINE(line)

@@ -14,8 +14,8 @@ OWN = {"golf_ray", "trainers", "evaluators", "search_spaces"}
 CONTRACTS = {
     f"golf_ray.{name}"
     for name in (
-        "config", "errors", "fields", "fingerprint", "metric", "presets", "records", "sections",
-        "stats", "upstream",
+        "config", "errors", "fields", "fingerprint", "metric", "presets", "provenance", "records",
+        "sections", "stats", "upstream",
     )
 }  # fmt: skip
 MATHEMATICS = {

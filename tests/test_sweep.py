@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
+from golf_ray.results.schema import IDENTITY, types_of
 from golf_ray.sweeps.table import read_records, screen_table, trials_frame, write_tables
 
 
@@ -28,8 +29,9 @@ def test_the_table_keeps_types_and_failures(tmp_path: Path) -> None:
     for item in records:
         (tmp_path / f"{item['trial']:05d}.json").write_text(json.dumps(item))
     frame = trials_frame(read_records(tmp_path))
-    assert list(frame.columns[:5]) == ["trial", "status", "reason", "train.warmdown_frac",
-                                       "adaptation.chunk_size"]  # fmt: skip
+    knobs = ["train.warmdown_frac", "adaptation.chunk_size"]
+    identity = list(types_of(IDENTITY))
+    assert list(frame.columns[: len(identity) + 2]) == identity + knobs
     csv, parquet = write_tables(frame, tmp_path)
     pd.testing.assert_frame_equal(pd.read_parquet(parquet), frame, check_dtype=True)
     again = pd.read_csv(csv)

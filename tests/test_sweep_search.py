@@ -98,7 +98,7 @@ class Driver:
         self.records: Records = {}
 
     def go_on(self, study: optuna.Study, *, record_first: bool = True) -> None:
-        """Run what is missing; record_first says whether a record is final before it is told."""
+        """Run what is missing; record_first: a failure's record is final before it is told."""
         records = list(self.records.values())
         state = reconcile(study, records, self.space, ("ttt_bpb",))
         search = search_of(
@@ -112,7 +112,8 @@ class Driver:
             known = self.records.setdefault(number, record)
             assert known["knobs"] == knobs and known["status"] == "running"
             outcome = outcome_of(knobs)
-            if record_first:
+            # Only a failure may be told before its record: that of a worker which died.
+            if record_first or outcome["status"] != "failed":
                 self.records[number].update(outcome)
             search.on_trial_complete("t", outcome)
             self.records[number].update(outcome)

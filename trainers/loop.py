@@ -33,6 +33,7 @@ from golf_ray.optim.ema import WeightAverage
 from golf_ray.optim.gradients import GradientAccumulator
 from golf_ray.optim.optimizer import GolfOptimizer
 from golf_ray.optim.world import World
+from golf_ray.provenance import processor_name, provenance
 from trainers.batches import HostBatch, HostBatches, random_batch
 from trainers.code_cache import CodeCache
 from trainers.convergence import require_convergence
@@ -75,6 +76,10 @@ class TrainingResult:
     """Of rank 0's GPU, allocated; None on a CPU."""
     compute: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Arithmetic, attention and kernels that were used."""
+    device_name: str | None = None
+    """Of rank 0: a GPU's name or a processor's."""
+    provenance: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    """Versions, commit and host of rank 0."""
 
 
 class _Underway:
@@ -150,6 +155,11 @@ class Clock:
         """Seconds counted so far."""
         running = 0.0 if self._started is None else self._now_s() - self._started
         return self._before_s + running
+
+
+def name_of(device: torch.device) -> str:
+    """What a device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def make_loader(config: Config, shards: Sequence[Path], world: World) -> PackedLoader:
@@ -299,6 +309,8 @@ class TrainingRun:
             tokens_per_s_looping=self.pace.tokens_per_s(True),
             peak_memory_bytes=self._peak_memory_bytes(),
             compute=self.model.compute.to_dict(),
+            device_name=name_of(self.world.device),
+            provenance=provenance(),
         )
 
     def prepare(self, *, always: bool = False) -> float:
@@ -449,6 +461,8 @@ class TrainingRun:
                 tokens_per_s=tokens / max(elapsed_s - began_s, 1e-9),
                 val_loss_nats=val.loss_nats if val else None,
                 val_bpb=val.bpb if val else None,
+                val_tokens=val.tokens if val else None,
+                val_bytes=val.num_bytes if val else None,
             )
         )
         self._interval_began = (self.step, elapsed_s)

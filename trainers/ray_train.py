@@ -77,6 +77,7 @@ def train_on_ray(
     shards: Sequence[Path] | None = None,
     resume: bool = False,
     initial: Mapping[str, Tensor] | None = None,
+    bars: Mapping[int, float] | None = None,
     on_progress: OnProgress | None = None,
 ) -> TrainingOutcome:
     """Train on the connected cluster with the workers that `config.cluster` asks for.
@@ -87,11 +88,13 @@ def train_on_ray(
         shards: training shards in order; None for those of `config.data`.
         resume: go on from the newest checkpoint, or from the beginning where there is none.
         initial: weights to begin with in place of the seed's.
+        bars: validation bpb by step, above which the run is ended.
         on_progress: told some times a second.
 
     Raises:
         UsageError: the folder is in use, or with `resume` is not there.
         CheckpointError: the run was begun under another configuration.
+        TrainingPruned: the run was above a bar.
         TrainingFailed: the training cannot end: a loss is not finite, or workers fail again and
             again.
         ClusterError: workers could not be started.
@@ -110,7 +113,7 @@ def train_on_ray(
         _begin_run(storage, config)
     record = RunRecord(storage, on_progress)
     record.event("run", resumed=resume, num_workers=config.cluster.num_workers)
-    job = _job(config, storage, shards, initial)
+    job = _job(config, storage, shards, initial, bars or {})
     try:
         returned = _Fit(config, job, record).run()
     except BaseException as error:
@@ -208,6 +211,7 @@ def _job(
     storage: Storage,
     shards: Sequence[Path],
     initial: Mapping[str, Tensor] | None,
+    bars: Mapping[int, float],
 ) -> WorkerJob:
     cluster = config.cluster
     device = cluster.tensor_device
@@ -224,6 +228,7 @@ def _job(
         device=device,
         threads=max(1, int(cluster.cpus_per_worker)),
         initial=None if initial is None else arrays_of(initial),
+        bars=bars,
     )
 
 

@@ -21,8 +21,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -39,6 +39,7 @@ from golf_ray.model.arrays import Arrays, tensors_of
 from golf_ray.optim import world as world_module
 from golf_ray.optim.world import World
 from golf_ray.records import atomic_write_text, read_jsonl
+from trainers.convergence import require_promise
 from trainers.local import CHECKPOINTS, INTERVALS_FILE, checkpoint_name, write_checkpoint
 from trainers.loop import TrainingRun
 from trainers.ray_channel import Channel, Message
@@ -67,6 +68,8 @@ class WorkerJob:
     threads: int
     initial: Arrays | None
     """Weights to begin with."""
+    bars: Mapping[int, float] = field(default_factory=dict)
+    """Validation bpb by step, above which the run is ended."""
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -169,6 +172,7 @@ class RayReporter(Reporter):
         self._channel = channel
         self._world = world
         self._config = job.config
+        self._bars = job.bars
         self._loop_thread = threading.get_ident()
         self._steps: deque[tuple[float, int]] = deque(maxlen=1024)
         self._num_steps = 0
@@ -224,13 +228,19 @@ class RayReporter(Reporter):
         self._advance(step)
 
     def interval(self, interval: Interval) -> None:
-        """Send the record, and keep it for the checkpoint: the driver may not live to take it."""
+        """Send the record, and keep it for the checkpoint: the driver may not live to take it.
+
+        Raises:
+            TrainingPruned: the run is to be ended here; on every rank, as all know the same bpb.
+        """
         self._beat_s = time.monotonic()
         self._clock_at = (time.monotonic(), interval.elapsed_s)
         if self._world.rank == 0:
             record = {**interval.to_dict(), "attempt": self._channel.attempt}
             self._records.append(record)
             self._channel.put("interval", record=record)
+        if interval.val_bpb is not None:
+            require_promise(self._bars, interval.step, interval.val_bpb)
 
     def checkpoint(self, step: int, write: WriteFolder, *, final: bool) -> None:
         """Write on rank 0, then report on all.

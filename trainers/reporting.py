@@ -45,6 +45,10 @@ class Interval:
     """Packed evaluation of the raw weights, where one was due."""
     val_bpb: float | None = None
     """The same in bits per byte."""
+    val_tokens: int | None = None
+    """Tokens that these are of."""
+    val_bytes: int | None = None
+    """Bytes of text that those stand for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -22,6 +22,7 @@ from golf_ray.errors import EvaluationFailed, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -278,6 +279,32 @@ def identity_of(
     }
 
 
+def ledger_identity(
+    config: Config,
+    of: Mapping[str, Any],
+    device: torch.device,
+    adapters: str | Path | None = None,
+) -> dict[str, Any]:
+    """What the scores of an evaluation with test-time training follow from: a ledger's header.
+
+    Args:
+        of: `identity_of` the weights, and `digests_of_data`.
+        adapters: an .npz with the adapters' A.
+    """
+    from golf_ray import __version__, fingerprint
+    from golf_ray.adaptation.engine import WITHOUT_EFFECT
+    from golf_ray.model.compute import compute_dtype
+
+    settings = dataclasses.asdict(config.adaptation)
+    return {
+        "golf_ray": __version__,
+        **of,
+        "adaptation": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
+        "adapters": None if adapters is None else fingerprint.of_file(Path(adapters)),
+        "arithmetic": str(compute_dtype(config, device)),
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Task:
     """One evaluation."""
@@ -395,19 +422,9 @@ class _Run:
         import torch
 
         from evaluators.ledger import Ledger, ledger_folder
-        from golf_ray import __version__, fingerprint
-        from golf_ray.adaptation.engine import WITHOUT_EFFECT
-        from golf_ray.model.compute import compute_dtype
 
-        config = task.config
-        settings = dataclasses.asdict(config.adaptation)
-        identity = {
-            "golf_ray": __version__,
-            **of,
-            "adaptation": {k: v for k, v in settings.items() if k not in WITHOUT_EFFECT},
-            "adapters": None if self.adapters is None else fingerprint.of_file(Path(self.adapters)),
-            "arithmetic": str(compute_dtype(config, torch.device(self._device(config)))),
-        }
+        device = torch.device(self._device(task.config))
+        identity = ledger_identity(task.config, of, device, self.adapters)
         ledger = Ledger(ledger_folder(folder, identity, alone=alone), identity)
         if self.tell is not None:
             for line in ledger.troubles:

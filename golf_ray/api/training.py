@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,7 @@ def train(
     resume: bool = False,
     in_process: bool = False,
     address: str | None = None,
+    bars: Mapping[int, float] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Training:
     """Train a model on Ray workers, or in this process.
@@ -64,9 +65,11 @@ def train(
             `resume` one that is there.
         in_process: train here as one rank, without Ray.
         address: of a running Ray cluster to join; None starts a local one that ends with this.
+        bars: on Ray, validation bpb by step, above which the run is ended.
         on_progress: told some times a second.
 
     Raises:
+        TrainingPruned: the run was above a bar.
         GolfRayError: something given cannot be used, or the training failed.
     """
     from golf_ray.data.shards import find_shards
@@ -88,7 +91,7 @@ def train(
         needs_flash=config.attention.backend == "fa3",
     ):
         outcome = train_on_ray(
-            config, run_dir, shards=shards, resume=resume, on_progress=on_progress
+            config, run_dir, shards=shards, resume=resume, bars=bars, on_progress=on_progress
         )
     return Training(
         run_dir=str(run_dir),

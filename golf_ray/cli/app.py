@@ -18,8 +18,10 @@ from golf_ray.cli import (
     data,
     doctor,
     evaluate,
+    export,
     quantize,
     quickstart,
+    show,
     status,
     submit,
     sweep,
@@ -49,6 +51,8 @@ def application() -> typer.Typer:
     add_verb(app, "sweep", sweep.sweep, sweep.EXAMPLES)
     add_verb(app, "confirm", confirm.confirm, confirm.EXAMPLES)
     add_verb(app, "status", status.status, status.EXAMPLES)
+    add_verb(app, "show", show.show, show.EXAMPLES)
+    add_verb(app, "export", export.export, export.EXAMPLES)
     add_verb(app, "submit", submit.submit, submit.EXAMPLES)
     app.add_typer(bench.group(), name="bench")
     app.add_typer(config.group(), name="config")

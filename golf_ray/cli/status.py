@@ -1,25 +1,33 @@
-"""`golf-ray status`: how a sweep stands, from its files alone."""
+"""`golf-ray status`: how a sweep stands, from its files alone, once or while it runs."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from golf_ray.cli.frame import examples
+from golf_ray.cli.frame import NO_VALUE, examples
 from golf_ray.cli.options import AsJson, Debug
 from golf_ray.cli.output import number_of, print_json
 from golf_ray.cli.sweep import Storage
+from golf_ray.errors import GolfRayError, UsageError
 from golf_ray.sweeps import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
-    from golf_ray.sweeps.plan import SweepPlan
+    from golf_ray.results.standing import Look
+    from golf_ray.results.watching import Watch
 
 EXAMPLES = examples(
     "golf-ray status",
     "golf-ray status sweep-20260101-120000",
+    "golf-ray status nightly --watch",
     "golf-ray status nightly --storage s3://bucket/golf --json",
 )
+TERMINATED = 128 + signal.SIGTERM
 
 
 def status(
@@ -28,6 +36,23 @@ def status(
         typer.Argument(metavar="NAME", help="A sweep; all of the storage's where not given."),
     ] = None,
     storage: Storage = DEFAULT_STORAGE,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            metavar=NO_VALUE,
+            help="Look again and again until the sweep ends; a line for each change in a pipe.",
+        ),
+    ] = False,
+    every: Annotated[
+        float,
+        typer.Option(
+            "--every",
+            min=0.1,
+            metavar="S",
+            help="Seconds between looks of --watch; 5 or more where the storage is a URI.",
+        ),
+    ] = 2.0,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -35,89 +60,116 @@ def status(
 
     Reads what the sweep writes, so it works from any machine that reaches the storage, while the
     sweep runs and after its driver was killed.
+
+    With --watch it ends when the sweep does (status 0), or with Ctrl-C (status 130), which the
+    sweep does not notice. With --watch and --json it waits for the end, then prints the document.
     """
+    if name is None:
+        if watch:
+            raise UsageError("--watch needs a sweep", "name one of those that 'status' lists")
+        _all_of(storage, as_json)
+        return
+    from golf_ray.results.standing import Sweep, SweepReader
+    from golf_ray.sweeps.plan import read_plan
+
+    reader = SweepReader(Sweep.of_plan(read_plan(storage, name)))
+    if watch:
+        from golf_ray.results.watching import Watch
+
+        look = _watched(Watch(reader, every), quiet=as_json)
+    else:
+        look = reader.look()
+    if as_json:
+        print_json({**look.summary(), "trials": look.records})
+    elif not watch or sys.stdout.isatty():
+        _print(look)
+
+
+def _all_of(storage: str, as_json: bool) -> None:
+    from golf_ray.results.standing import Sweep, SweepReader
+    from golf_ray.results.words import summary_line
     from golf_ray.sweeps.plan import read_plan, sweep_names
 
-    if name is None:
-        plans = [read_plan(storage, one) for one in sweep_names(storage)]
-        found = [summary_of(plan) for plan in plans]
-        if as_json:
-            print_json({"storage": storage, "sweeps": found})
-            return
-        if not found:
-            print(f"there is no sweep in {storage}")
-        for one in found:
-            print(summary_line(one))
-        return
-    plan = read_plan(storage, name)
-    summary = summary_of(plan)
+    looks, problems = [], []
+    for name in sweep_names(storage):
+        try:
+            sweep = Sweep.of_plan(read_plan(storage, name))
+            looks.append(SweepReader(sweep, describe_running=False).look())
+        except GolfRayError as error:
+            problems.append(str(error))
     if as_json:
-        from golf_ray.sweeps.table import read_records
-
-        print_json({**summary, "trials": read_records(plan.trials_folder)})
+        found = [look.summary() for look in looks]
+        print_json({"storage": storage, "sweeps": found, "problems": problems})
         return
-    _print(plan, summary)
+    if not looks and not problems:
+        print(f"there is no sweep in {storage}")
+    for look in looks:
+        print(summary_line(look))
+    for problem in problems:
+        print(problem, file=sys.stderr)
 
 
-def summary_of(plan: SweepPlan) -> dict[str, Any]:
-    """How a sweep stands, as plain data."""
-    from golf_ray.sweeps.finalists import ranked
-    from golf_ray.sweeps.runner import is_driven, used_gpu_hours
-    from golf_ray.sweeps.table import read_records
-    from golf_ray.sweeps.trial import FINAL
-
-    records = read_records(plan.trials_folder)
-    counts = {s: sum(r["status"] == s for r in records) for s in FINAL}
-    ended = sum(counts.values())
-    driven = is_driven(plan)
-    state = "running" if driven else "ended" if ended == plan.num_trials else "interrupted"
-    best = ranked(records, plan.objectives[0])
-    return {
-        "name": plan.name,
-        "state": state,
-        "num_trials": plan.num_trials,
-        **counts,
-        "begun": len(records) - ended,
-        "trainings": len({r["training"] for r in records if r.get("training")}),
-        "gpu_hours": used_gpu_hours(records),
-        "objective": plan.objectives[0],
-        "best_trial": best[0]["trial"] if best else None,
-        "best": best[0]["values"][plan.objectives[0]] if best else None,
-        "folder": plan.folder.uri,
-    }
-
-
-def summary_line(summary: dict[str, Any]) -> str:
-    """A sweep in one line."""
-    ended = summary["done"] + summary["failed"] + summary["over_limit"]
-    parts = [f"{summary['name']}: {summary['state']}, {ended} of {summary['num_trials']} trials"]
-    parts += [f"{summary[n]} {n.replace('_', ' ')}" for n in ("failed", "over_limit") if summary[n]]
-    if summary["best"] is not None:
-        parts.append(f"best {summary['best']:.4f} (trial {summary['best_trial']})")
-    if summary["gpu_hours"]:
-        parts.append(f"{summary['gpu_hours']:.2f} GPU-hours")
-    return ", ".join(parts)
-
-
-def _print(plan: SweepPlan, summary: dict[str, Any]) -> None:
+def _watched(watch: Watch, *, quiet: bool) -> Look:
+    """The last look at a sweep."""
     from rich.console import Console
 
-    from golf_ray.sweeps.progress import describe
-    from golf_ray.sweeps.table import read_records, screen_table, trials_frame
-    from golf_ray.sweeps.trial import FINAL
+    from golf_ray.results.watching import watch_lines, watch_screen
+    from golf_ray.results.words import summary_line
 
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(summary_line(summary))
-    records = read_records(plan.trials_folder)
-    if records:
-        console.print(screen_table(trials_frame(records), plan.objectives[0]))
-    for record in records:
-        if record["status"] == "failed" or record["status"] == "over_limit":
-            console.print(f"trial {record['trial']}: {record['reason']}")
-        elif record["status"] not in FINAL and summary["state"] == "running":
-            console.print(describe(record, plan.stages_folder))
-    left = plan.num_trials - summary["done"] - summary["failed"] - summary["over_limit"]
-    if summary["state"] == "interrupted":
-        console.print(
-            f"{number_of(left, 'trial')} left; go on with: golf-ray sweep --resume {plan.name}"
-        )
+    console = Console(highlight=False, markup=False, emoji=False)
+    try:
+        if quiet:
+            return watch_lines(watch, lambda line: None)
+        if not sys.stdout.isatty() or console.is_dumb_terminal:
+            return watch_lines(watch, lambda line: print(line, flush=True))
+        with _restored_when_terminated():
+            return watch_screen(watch, console)
+    except KeyboardInterrupt:
+        # Leaving is how one stops to look: no error, and yet not the end of the sweep.
+        if watch.last is not None and sys.stdout.isatty() and not quiet:
+            print(summary_line(watch.last))
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+@contextlib.contextmanager
+def _restored_when_terminated() -> Iterator[None]:
+    """Let the terminal get its own screen and cursor back also where this process is ended."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise typer.Exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print(look: Look) -> None:
+    from rich.console import Console
+
+    from golf_ray.results.drawing import clean
+    from golf_ray.results.page import broken
+    from golf_ray.results.schema import FINAL
+    from golf_ray.results.sweep_screen import fitting_table
+    from golf_ray.results.words import outcome, summary_line
+
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def tell(text: str) -> None:
+        console.print("\n".join(broken(text, console.width)))
+
+    tell(summary_line(look))
+    if look.records:
+        table, left_out = fitting_table(look.records, look.objective, console)
+        console.print(table)
+        if left_out:
+            tell(f"no room for: {', '.join(left_out)}")
+    for record in look.records:
+        if record["status"] in FINAL and record["status"] != "done":
+            tell(outcome(look, record, improved=False))
+    for text in (*look.doing, *look.problems):
+        tell(clean(text))
+    if look.state == "interrupted":
+        left = number_of(look.sweep.num_trials - len(look.ended), "trial")
+        tell(f"{left} left; go on with: golf-ray sweep --resume {look.sweep.name}")

@@ -197,6 +197,16 @@ def sweep(
             help="Begin no trial once so many GPU-hours are used.",
         ),
     ] = None,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            metavar=NO_VALUE,
+            rich_help_panel=LIMITS_PANEL,
+            help="End a training whose bpb on the way is above the median of others at that step: "
+            "misleading where the schedule is searched.",
+        ),
+    ] = False,
     price: Annotated[
         float,
         typer.Option(
@@ -265,6 +275,7 @@ def sweep(
             optuna_url=optuna_storage,
             max_gpu_hours=max_gpu_hours,
             max_hours=max_hours,
+            prune=prune,
         )
     if plan_only:
         _show_plan(plan, address, price, as_json)
@@ -315,6 +326,8 @@ def trial_line(record: dict[str, Any], plan: SweepPlan) -> str:
         return f"{name}: failed: {record['reason']}"
     if record["status"] == "over_limit":
         return f"{name}: over the limit: {record['reason']}"
+    if record["status"] == "pruned":
+        return f"{name}: {record['reason']}"
     if plan.checkpoints:
         how = "nothing trained"
     else:
@@ -334,7 +347,7 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
     from golf_ray.sweeps.table import read_records, screen_table, trials_frame
 
     records = read_records(plan.trials_folder)
-    frame = trials_frame(records)
+    frame = trials_frame(records, plan.name)
     trained = int(frame["trained"].fillna(False).sum())
     if as_json:
         print_json(
@@ -355,6 +368,7 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
     made = "nothing was trained" if plan.checkpoints else number_of(trained, "training")
     ends = [f"{outcome.num_done} done"]
     ends += [f"{outcome.num_over_limit} over the limit"] * bool(outcome.num_over_limit)
+    ends += [f"{outcome.num_pruned} pruned"] * bool(outcome.num_pruned)
     ends += [f"{outcome.num_failed} failed"] * bool(outcome.num_failed)
     console.print(
         f"{number_of(len(frame), 'trial')} ({', '.join(ends)}), {made}, "
@@ -365,10 +379,11 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
         console.print(f"{number_of(left, 'trial')} not begun: the budget is used up")
     for line in outcome.disagreements:
         console.print(f"the study and the records disagree: {line}")
-    best = next((r for r in records if "final" in r), None)
-    for record in sorted((r for r in records if "final" in r), key=lambda r: r["final"]["ttt_bpb"]):
+    ended = [r for r in records if "final" in r]
+    ended.sort(key=lambda r: (not r["final"]["fits"], r["final"]["ttt_bpb"]))
+    for record in ended:
         final = record["final"]
-        mark = "best" if record is best else "also"
+        mark = "best" if record is ended[0] else "also"
         fits = "" if final["fits"] else ", OVER THE LIMIT"
         console.print(
             f"{mark}: trial {record['trial']}, {final['ttt_bpb']:.4f} bpb on all documents, "

@@ -81,12 +81,13 @@ def final_of(
     whole = dataclasses.replace(
         sampled, adaptation=dataclasses.replace(sampled.adaptation, sample_documents=None)
     )
-    artifacts, sizes, scores = [], [], []
+    artifacts, sizes, scores, evaluations = [], [], [], []
     for name in record["codes"]:
         made, scored = _of_codes(plan, whole, name, store, rooms)
         artifacts.append(f"{made.name}/{stages.ARTIFACT_FILE}")
         sizes.append(sizes_of(made.result["model_bytes"], whole))
         scores.append(scored.result["val_bpb"])
+        evaluations.append(scored.name)
     largest = max(sizes, key=lambda size: size.total_bytes)
     return {
         "artifacts": artifacts,
@@ -95,6 +96,7 @@ def final_of(
         "total_bytes": largest.total_bytes,
         "fits": largest.fits,
         "ttt_bpb": sum(scores) / len(scores),
+        "evaluations": evaluations,
     }
 
 

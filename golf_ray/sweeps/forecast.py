@@ -27,6 +27,7 @@ from golf_ray.sweeps.costs import (
 )
 from golf_ray.sweeps.plan import SweepPlan
 from golf_ray.sweeps.power import Noise, SweepPower, sweep_power
+from golf_ray.sweeps.pruning import caveats
 from golf_ray.sweeps.space import stage_of
 from golf_ray.sweeps.store import DONE_FILE
 
@@ -51,14 +52,17 @@ class Forecast:
             told.append(self._length())
         if self.power is not None:
             told += self.power.lines()
-        return told
+        return told + self._pruning()
 
     def short(self) -> list[str]:
         """What a sweep that begins says of itself."""
         told = [self._trials(), *([] if self.plan.checkpoints else [self._length()])]
         if self.cost.hours is not None and self.cost.price is not None:
             told.append(f"{self.cost.hours:.2g} GPU-hours, ${self.cost.price:,.2f}")
-        return told
+        return told + self._pruning()
+
+    def _pruning(self) -> list[str]:
+        return caveats(self.plan.space, self.plan.base) if self.plan.prune else []
 
     def _trials(self) -> str:
         plan = self.plan

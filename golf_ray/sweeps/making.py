@@ -39,7 +39,7 @@ class Sweep:
         """One row a trial."""
         from golf_ray.sweeps.table import trials_frame
 
-        return trials_frame(self.records)
+        return trials_frame(self.records, self.plan.name)
 
 
 def sweep(
@@ -70,7 +70,8 @@ def sweep(
         address: of a running Ray cluster; None starts a local one that ends with this.
         resume: go on with the sweep of that name, as it was asked for.
         options: further fields of `SweepPlan`: `num_trials`, `evals_per_training`, `objectives`,
-            `sampler`, `seed`, `finalists`, `max_concurrent`, `max_hours`, `max_gpu_hours`.
+            `sampler`, `seed`, `finalists`, `max_concurrent`, `max_hours`, `max_gpu_hours`,
+            `prune`.
 
     Raises:
         GolfRayError: something given cannot be used. Trials that fail are in the records instead.

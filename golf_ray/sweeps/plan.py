@@ -18,6 +18,7 @@ from typing import Any
 
 from golf_ray.config import Config
 from golf_ray.errors import StorageError, UsageError, nearest
+from golf_ray.sweeps.pruning import require_prunable
 from golf_ray.sweeps.space import Space, stage_of
 from trainers.storage import Storage
 
@@ -63,6 +64,8 @@ class SweepPlan:
     """No trial begins once so much is used."""
     max_hours: float | None = None
     """No trial begins later than that."""
+    prune: bool = False
+    """End trainings that stand worse on the way than others did: see `golf_ray.sweeps.pruning`."""
 
     def __post_init__(self) -> None:
         # Trials run elsewhere, in other folders than whoever gave a relative path.
@@ -89,6 +92,8 @@ class SweepPlan:
                 "checkpoint is not trained",
                 "leave those knobs out",
             )
+        if self.prune:
+            require_prunable(self.space, self.base)
 
     @property
     def training_knobs(self) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import Any
 
 from golf_ray.errors import StorageError
+from golf_ray.results.schema import FINAL
 from golf_ray.sweeps.plan import SweepPlan
 from golf_ray.sweeps.table import read_records
-from golf_ray.sweeps.trial import FINAL
 from trainers.storage import Storage, parse_lines
 
 POLL_S, REMOTE_POLL_S = 0.5, 5.0

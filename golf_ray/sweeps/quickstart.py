@@ -94,5 +94,5 @@ def run_quickstart(plan: SweepPlan, on_trial: OnTrial, on_status: OnStatus) -> Q
     """
     with local_cluster(plan), SweepWatch(plan, on_trial, on_status):
         outcome = run_sweep(plan)
-    frame = trials_frame(read_records(plan.trials_folder))
+    frame = trials_frame(read_records(plan.trials_folder), plan.name)
     return Quickstart(plan=plan, frame=frame, outcome=outcome)

@@ -24,6 +24,7 @@ from typing import Any
 
 from golf_ray.errors import StorageError, UsageError
 from golf_ray.records import make_folder
+from golf_ray.results.schema import FINAL
 from golf_ray.sweeps import finalists
 from golf_ray.sweeps.broker import BrokerClient, broker_of
 from golf_ray.sweeps.claims import Claims
@@ -35,7 +36,6 @@ from golf_ray.sweeps.store import StageStore
 from golf_ray.sweeps.study import agree, has_study, open_study, reconcile
 from golf_ray.sweeps.table import read_records, trials_frame, write_tables
 from golf_ray.sweeps.trial import (
-    FINAL,
     TrialSpec,
     outcome_of,
     read_record,
@@ -64,6 +64,7 @@ class SweepOutcome:
     num_done: int
     num_failed: int
     num_over_limit: int
+    num_pruned: int
     wall_s: float
     complete: bool
     """Whether all trials were run; not where a budget ended it."""
@@ -100,12 +101,13 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, tell: Tell | None = None
             disagreements = agree(study, read_records(plan.trials_folder), plan.objectives)
         finalists.finish(plan, broker, tell)
         records = read_records(plan.trials_folder)
-        write_tables(trials_frame(records), plan.folder)
-    count = {s: sum(r["status"] == s for r in records) for s in ("done", "failed", "over_limit")}
+        write_tables(trials_frame(records, plan.name), plan.folder)
+    count = {status: sum(r["status"] == status for r in records) for status in FINAL}
     return SweepOutcome(
         num_done=count["done"],
         num_failed=count["failed"],
         num_over_limit=count["over_limit"],
+        num_pruned=count["pruned"],
         wall_s=time.monotonic() - began_s,
         complete=sum(count.values()) == plan.num_trials,
         disagreements=tuple(disagreements),
@@ -159,6 +161,7 @@ def spec_of(plan: SweepPlan, number: int, knobs: dict[str, Any]) -> TrialSpec:
         objectives=plan.objectives,
         checkpoints=plan.checkpoints,
         group=plan.group_of(number),
+        prune=plan.prune,
     )
 
 

@@ -23,10 +23,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from golf_ray.errors import ConfigError
+from golf_ray.results.schema import NOT_FINAL
 from golf_ray.sweeps.samplers import SAMPLERS, make_sampler
 from golf_ray.sweeps.space import Space
 from golf_ray.sweeps.study import (
-    NOT_FINAL,
     Point,
     fixed_sampler,
     live_trial,

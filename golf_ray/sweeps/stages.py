@@ -20,9 +20,15 @@ from golf_ray.api.weights import FINAL_FILE, StoredWeights
 from golf_ray.config import Config
 from golf_ray.records import make_folder
 from golf_ray.sweeps.store import local_copy
-from trainers.storage import Storage
+from trainers.storage import Storage, parse_lines
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from evaluators.pool import PoolEvent
+    from golf_ray.data.tokenizer import ByteTables
+    from golf_ray.metric import Score
     from golf_ray.quantization.container import QuantizedState
     from trainers.run_record import OnProgress
 
@@ -37,15 +43,21 @@ EXACT_CODES = 1_000_000
 """Up to so many codes compressing for real takes a second or two, and nothing is predicted."""
 
 
-def train_stage(config: Config, folder: Storage, on_progress: OnProgress) -> dict[str, Any]:
+def train_stage(
+    config: Config, folder: Storage, on_progress: OnProgress, bars: Mapping[int, float]
+) -> dict[str, Any]:
     """Train on Ray workers; a run that was interrupted in this folder goes on.
 
+    Args:
+        bars: validation bpb by step, above which the training is ended.
+
     Raises:
+        TrainingPruned: it was.
         GolfRayError: the training failed.
     """
     run = folder.child(RUN)
     resume = run.exists("config.json")
-    done = api.train(config, run_dir=run.uri, resume=resume, on_progress=on_progress)
+    done = api.train(config, run_dir=run.uri, resume=resume, bars=bars, on_progress=on_progress)
     assert done.outcome is not None
     return {
         "wall_s": done.outcome.wall_s,
@@ -60,8 +72,11 @@ def train_stage(config: Config, folder: Storage, on_progress: OnProgress) -> dic
         "tokens": done.result.tokens,
         "train_loss_nats": done.result.train_loss_nats,
         "val_bpb": done.val_bpb,
+        **_validated(run),
         "num_workers": done.outcome.num_workers,
         "restarts": len(done.outcome.restarts),
+        "device": done.result.device_name,
+        "host": done.result.provenance.get("host"),
     }
 
 
@@ -78,7 +93,11 @@ def calibrate_stage(config: Config, weights: str, folder: str) -> dict[str, Any]
     began_s = time.perf_counter()
     with _written(folder, HESSIANS_FILE) as path:
         made = api.calibrate(file_of(weights), config, out=path, force=True)
-    return {"calibrate_s": time.perf_counter() - began_s, "hessians_bytes": made.num_bytes}
+    return {
+        "calibrate_s": time.perf_counter() - began_s,
+        "hessians_bytes": made.num_bytes,
+        **_here(config),
+    }
 
 
 def quantize_stage(
@@ -113,7 +132,7 @@ def quantize_stage(
         model_bytes = len(encode_artifact(codes, config=config, compressor=compressor))
     write_codes(folder, codes)
     scoring_s = time.perf_counter()
-    bpb = _packed_bpb(config, codes) if scored else None
+    score = _packed_score(config, codes) if scored else None
     now_s = time.perf_counter()
     return {
         "model_bytes": model_bytes,
@@ -121,23 +140,32 @@ def quantize_stage(
         "exact": exact,
         "saturated_codes": saturated,
         "num_codes": num_codes,
-        "int6_bpb": bpb,
+        "int6_bpb": None if score is None else score.bpb,
+        "int6_tokens_scored": None if score is None else score.tokens,
+        "int6_bytes_scored": None if score is None else score.num_bytes,
         "codes_s": codes_s,
         "sizing_s": scoring_s - sizing_s,
         "packed_s": now_s - scoring_s,
         "wall_s": now_s - began_s,
+        **_here(config),
     }
 
 
-def evaluate_stage(config: Config, codes: str) -> dict[str, Any]:
+def evaluate_stage(config: Config, codes: str, folder: str | None = None) -> dict[str, Any]:
     """Score codes with test-time training in this process.
 
+    Args:
+        folder: of the stage, where each document's score is kept as `evaluate_on_pool` does.
+
     Raises:
-        GolfRayError: they cannot be scored whole.
+        GolfRayError: they cannot be scored whole, or the scores cannot be kept.
     """
     began_s = time.perf_counter()
-    scored = api.evaluate(stored_codes(codes), config, method="ttt", force=True)
-    return _scored(scored, began_s)
+    weights = stored_codes(codes)
+    scored = api.evaluate(weights, config, method="ttt", force=True)
+    if folder is not None:
+        _keep_scores(config, weights, scored, Storage(folder))
+    return {**_scored(scored, began_s), **_here(config)}
 
 
 def evaluate_on_pool(config: Config, codes: str, folder: Storage, **watch: Any) -> dict[str, Any]:
@@ -151,6 +179,14 @@ def evaluate_on_pool(config: Config, codes: str, folder: Storage, **watch: Any) 
         GolfRayError: they cannot be scored whole.
     """
     began_s = time.perf_counter()
+    hosts: set[str] = set()
+    told = watch.pop("on_event", None)
+
+    def on_event(event: PoolEvent) -> None:
+        hosts.add(event.host)
+        if told is not None:
+            told(event)
+
     scored = api.evaluate(
         stored_codes(codes),
         config,
@@ -158,9 +194,10 @@ def evaluate_on_pool(config: Config, codes: str, folder: Storage, **watch: Any) 
         workers=config.cluster.eval_actors,
         ledger=folder.uri_of(LEDGER),
         force=True,
+        on_event=on_event,
         **watch,
     )
-    return _scored(scored, began_s)
+    return {**_scored(scored, began_s), "host": " ".join(sorted(hosts)) or None}
 
 
 def compress_stage(config: Config, codes: str, folder: str) -> dict[str, Any]:
@@ -276,7 +313,7 @@ def _quantizer(weights: str, hessians: str, config: Config) -> api.Quantizer:
     )
 
 
-def _packed_bpb(config: Config, codes: QuantizedState) -> float:
+def _packed_score(config: Config, codes: QuantizedState) -> Score:
     """Of the quantised weights on the documents that are scored, in flat batches."""
     import numpy as np
 
@@ -286,10 +323,7 @@ def _packed_bpb(config: Config, codes: QuantizedState) -> float:
     from golf_ray.model.compute import choose_compute
     from golf_ray.quantization.artifact import restore_state
 
-    data = dataclasses.astuple(config.data)
-    tokens, tables = _keep(
-        "stream", f"{data} {config.model.vocab_size}", lambda: api.validation_stream(config)
-    )
+    tokens, tables = _stream(config)
     adaptation = config.adaptation
     if adaptation.sample_documents is not None or adaptation.document_fraction < 1:
         chosen = choose_documents(tokens, adaptation)
@@ -300,7 +334,32 @@ def _packed_bpb(config: Config, codes: QuantizedState) -> float:
         model = build_model(
             config.model, state, device=device, compute=choose_compute(config, device)
         )
-        return float(score_packed(model, tokens, tables, config.evaluation).bpb)
+        return score_packed(model, tokens, tables, config.evaluation)
+
+
+def _stream(config: Config) -> tuple[NDArray[np.uint16], ByteTables]:
+    return _keep("stream", _text_of(config), lambda: api.validation_stream(config))
+
+
+def _text_of(config: Config) -> str:
+    return f"{dataclasses.astuple(config.data)} {config.model.vocab_size}"
+
+
+def _keep_scores(
+    config: Config, weights: StoredWeights, scored: api.Evaluation, folder: Storage
+) -> None:
+    """Put documents' scores into a ledger, all in one file: a sample takes no minute, so what a
+    worker that dies has scored of it is not worth a file every few seconds."""
+    from evaluators.ledger import Ledger
+    from golf_ray.api.evaluating import digests_of_data, identity_of, ledger_identity
+
+    digests = _keep("digests", _text_of(config), lambda: digests_of_data(*_stream(config)))
+    identity = ledger_identity(
+        config, {**identity_of(weights, config), **digests}, api.pick_device(config)
+    )
+    # What an interrupted stage of another version left is not added to.
+    folder.remove(LEDGER)
+    Ledger(folder.uri_of(LEDGER), identity).add(scored.result.documents or ())
 
 
 def _state(weights: StoredWeights) -> QuantizedState:
@@ -312,6 +371,22 @@ def _state(weights: StoredWeights) -> QuantizedState:
 def _scored(scored: api.Evaluation, began_s: float) -> dict[str, Any]:
     data: Mapping[str, Any] = scored.result.to_dict()
     return {**data, "wall_s": time.perf_counter() - began_s}
+
+
+def _validated(run: Storage) -> dict[str, Any]:
+    """Tokens and bytes that a training's last score is of."""
+    intervals = parse_lines(run.read_bytes("intervals.jsonl") or b"")
+    last = intervals[-1] if intervals else {}
+    return {name: last.get(name) for name in ("val_tokens", "val_bytes")}
+
+
+def _here(config: Config) -> dict[str, Any]:
+    """Where a light stage ran, for whoever looks at what kept which GPU busy."""
+    import socket
+
+    from trainers.loop import name_of
+
+    return {"device": name_of(api.pick_device(config)), "host": socket.gethostname()}
 
 
 def final_model(training: Storage) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import golf_ray
 from golf_ray import fingerprint
-from golf_ray.errors import GolfRayError, StorageError
+from golf_ray.errors import GolfRayError, StorageError, TrainingPruned
 from golf_ray.records import atomic_path, make_folder
 from golf_ray.sweeps.claims import Claims
 from golf_ray.sweeps.keys import Stage
@@ -114,6 +114,7 @@ class StageStore:
         fail with the same reason.
 
         Raises:
+            TrainingPruned: likewise, where it was ended on the way because others stood better.
             StageFailed: another trial of this sweep failed to compute it meanwhile, or before.
             GolfRayError: it cannot be computed.
         """
@@ -154,6 +155,7 @@ class StageStore:
                 "by": self.who,
                 "problem": error.problem,
                 "remedy": error.remedy,
+                "pruned": isinstance(error, TrainingPruned),
             }
             folder.write_bytes(FAILED_FILE, json.dumps(failed, indent=2).encode())
             raise
@@ -164,7 +166,8 @@ class StageStore:
         data = folder.read_bytes(FAILED_FILE)
         failed = {} if data is None else json.loads(data)
         if failed.get("sweep") == self._sweep and failed.get("by") != self.who:
-            raise StageFailed(failed["problem"], failed["remedy"])
+            kind = TrainingPruned if failed.get("pruned") else StageFailed
+            raise kind(failed["problem"], failed["remedy"])
 
     @property
     def _sweep(self) -> str:

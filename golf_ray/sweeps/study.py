@@ -31,12 +31,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from golf_ray.errors import StorageError, UsageError
+from golf_ray.results.schema import FINAL, NOT_FINAL
 from golf_ray.sweeps.space import Space
-
-FINAL = ("done", "over_limit", "failed")
-"""Statuses of a record after which nothing is run again."""
-NOT_FINAL = ("running", "interrupted")
-"""Statuses of a record whose trial is to be run again."""
 
 SQLITE, JOURNAL = "sqlite:///", "journal:///"
 BUSY_S = 60.0
@@ -82,7 +78,8 @@ def told(outcome: Mapping[str, Any], objectives: Sequence[str]) -> Told:
 
     A trial that is over a limit and has all its values is COMPLETE with a violated constraint; one
     that has not is PRUNED, for one objective and for several: TPE learns from its constraint
-    alone, and a made-up value would end up on the Pareto front. A value that is not finite is a
+    alone, and a made-up value would end up on the Pareto front. One whose training was pruned is
+    PRUNED too, and without a value counts among the worst. A value that is not finite is a
     failure, never a value, and a constraint that is no number is left out.
 
     Args:
@@ -109,7 +106,7 @@ def told(outcome: Mapping[str, Any], objectives: Sequence[str]) -> Told:
         return Told(
             state=TrialState.COMPLETE, values=numbers, constraints=constraints, reason=reason
         )
-    state = TrialState.PRUNED if status == "over_limit" else TrialState.FAIL
+    state = TrialState.PRUNED if status in ("over_limit", "pruned") else TrialState.FAIL
     if status == "done":
         reason = "; ".join(missing)
     reason = reason or f"the trial ended as '{status}'"

@@ -1,63 +1,25 @@
-"""The table of a sweep: trials as rows, in one stable order of columns, on screen and on disk."""
+"""The table of a sweep, on screen and on disk; what its columns are is `golf_ray.results`'."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from golf_ray.results.records import read_records
+from golf_ray.results.schema import IDENTITY, MEASURES, types_of
 from trainers.storage import Storage
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-COLUMNS = {
-    "trial": "Int64",
-    "status": "string",
-    "reason": "string",
-    "group": "Int64",
-    "seed": "Int64",
-    "steps": "Int64",
-    "train_loss_nats": "Float64",
-    "val_bpb": "Float64",
-    "int6_bpb": "Float64",
-    "ttt_bpb": "Float64",
-    "ttt_standard_error_bpb": "Float64",
-    "ttt_loss_nats": "Float64",
-    "tokens_scored": "Int64",
-    "bytes_scored": "Int64",
-    "documents_scored": "Int64",
-    "weights": "string",
-    "model_bytes": "Int64",
-    "predicted_model_bytes": "Int64",
-    "bytes_exact": "boolean",
-    "code_bytes": "Int64",
-    "total_bytes": "Int64",
-    "fits": "boolean",
-    "final_ttt_bpb": "Float64",
-    "final_total_bytes": "Int64",
-    "final_fits": "boolean",
-    "artifact": "string",
-    "training": "string",
-    "trained": "boolean",
-    "restarts": "Int64",
-    "attempts": "Int64",
-    "train_s": "Float64",
-    "calibrate_s": "Float64",
-    "quantize_s": "Float64",
-    "evaluate_s": "Float64",
-    "waited_s": "Float64",
-    "control_s": "Float64",
-    "wall_s": "Float64",
-    "train_gpu_s": "Float64",
-    "evaluate_gpu_s": "Float64",
-    "began_unix_s": "Float64",
-    "ended_unix_s": "Float64",
-    "golf_ray_version": "string",
-}
+    from golf_ray.results.migration import Record
+
+__all__ = ["COLUMNS", "read_records", "screen_table", "trials_frame", "write_tables"]
+
+COLUMNS = types_of((*IDENTITY, *MEASURES))
 """Columns of every table beside the knobs, with their types."""
 
 _SHORT = {
@@ -71,44 +33,15 @@ _SHORT = {
 """Heading and digits of well-known knobs on a narrow screen."""
 
 
-def read_records(folder: Storage | Path) -> list[dict[str, Any]]:
-    """All records of a sweep's `trials` folder in order of their numbers; it may still grow."""
-    storage = folder if isinstance(folder, Storage) else Storage(folder)
-    records = []
-    for name in storage.names():
-        if name.endswith(".json") and name[0].isdigit():
-            data = storage.read_bytes(name)
-            if data is not None:
-                records.append(json.loads(data))
-    return records
+def trials_frame(records: Sequence[Record], source: str | None = None) -> pd.DataFrame:
+    """One row a trial, as `golf_ray.load_results` gives it.
 
+    Args:
+        source: the sweep's name.
+    """
+    from golf_ray.results import reading
 
-def trials_frame(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row a trial: number and status, the knobs, then what was measured."""
-    import pandas as pd
-
-    knobs: list[str] = []
-    for record in records:
-        knobs += [knob for knob in record["knobs"] if knob not in knobs]
-    rows = [
-        {**{name: record.get(name) for name in COLUMNS}, **_final(record), **record["knobs"]}
-        for record in records
-    ]
-    names = list(COLUMNS)
-    frame = pd.DataFrame(rows, columns=[*names[:3], *knobs, *names[3:]])
-    return frame.astype(COLUMNS)
-
-
-def _final(record: dict[str, Any]) -> dict[str, Any]:
-    final = record.get("final")
-    if final is None:
-        return {}
-    return {
-        "final_ttt_bpb": final["ttt_bpb"],
-        "final_total_bytes": final["total_bytes"],
-        "final_fits": final["fits"],
-        "artifact": " ".join(final["artifacts"]),
-    }
+    return reading.trials_frame(records, source)
 
 
 def write_tables(frame: pd.DataFrame, folder: Storage | Path) -> tuple[str, str]:

@@ -4,31 +4,34 @@ The trial's record is written as it happens: after each stage the file in the sw
 what is known, and a trial that failed says why. Runs inside a Ray Tune trial; knows nothing of the
 search.
 
-Invariant: a record whose status is final (`done`, `over_limit`, `failed`) is never changed by the
-trial again; any other trial may be run again from its beginning, and finds its stages.
+Invariant: a record whose status is final (`done`, `over_limit`, `pruned`, `failed`) is never
+changed by the trial again; any other trial may be run again from its beginning, and finds its
+stages.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from golf_ray import fingerprint
 from golf_ray.config import Config
-from golf_ray.errors import GolfRayError
+from golf_ray.errors import GolfRayError, TrainingPruned
+from golf_ray.provenance import provenance
+from golf_ray.results.records import parse_record
+from golf_ray.results.schema import SCHEMA
 from golf_ray.sweeps import keys
 from golf_ray.sweeps.rooms import Rooms
 from golf_ray.sweeps.space import stage_of
 from golf_ray.sweeps.store import StageOutput, StageStore
 from trainers.storage import Storage
 
-RECORD_SCHEMA = 2
-FINAL = ("done", "over_limit", "failed")
-"""Statuses of a trial that is not run again."""
 SURE = 0.01
 """A size that is predicted is trusted to be over the limit where it is so by this part."""
 
@@ -50,6 +53,8 @@ class TrialSpec:
     """Stored checkpoints to use in place of a training, each with its fingerprint."""
     group: int = 0
     """Trials of one group share a training."""
+    prune: bool = False
+    """Whether a training that stands worse on the way than others did is ended."""
 
     @property
     def config(self) -> Config:
@@ -72,11 +77,11 @@ class TrialRecord:
     """
 
     def __init__(self, storage: Storage, spec: TrialSpec) -> None:
-        from golf_ray import __version__
-
+        config = spec.config
+        whole = config.to_dict()
         self._storage = storage
         self.data: dict[str, Any] = {
-            "schema": RECORD_SCHEMA,
+            "schema": SCHEMA,
             "trial": spec.number,
             "group": spec.group,
             "status": "running",
@@ -84,16 +89,23 @@ class TrialRecord:
             "reason": None,
             "began_unix_s": time.time(),
             "knobs": dict(spec.knobs),
-            "seed": spec.config.train.seed,
+            "seed": config.train.seed,
             "values": {},
             "constraints": {},
             "phases_s": {},
-            "golf_ray_version": __version__,
-            "config": spec.config.to_dict(),
+            "spans": [],
+            "limit_bytes": config.quantization.limit_bytes,
+            "data": spec.data,
+            "checkpoints": [path for path, _ in spec.checkpoints] or None,
+            **provenance(),
+            "config_fingerprint": fingerprint.of_value(whole),
+            "config": whole,
         }
         before = read_record(storage, spec.number)
         if before is not None:
             self.data["attempts"] = before.get("attempts", 1) + 1
+            # What was computed before it was interrupted kept GPUs busy all the same.
+            self.data["spans"] = before["spans"]
         self.write()
 
     def update(self, **values: Any) -> None:
@@ -119,9 +131,14 @@ def record_name(number: int) -> str:
 
 
 def read_record(storage: Storage, number: int) -> dict[str, Any] | None:
-    """A trial's record, if it has one."""
-    data = storage.read_bytes(record_name(number))
-    return None if data is None else json.loads(data)
+    """A trial's record, if it has one.
+
+    Raises:
+        StorageError: it is damaged, or a newer golf_ray wrote it.
+    """
+    name = record_name(number)
+    data = storage.read_bytes(name)
+    return None if data is None else parse_record(data, storage, name)
 
 
 def outcome_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,9 +156,11 @@ def run_trial(spec: TrialSpec, store: StageStore, records: Storage, rooms: Rooms
     trial = _Trial(spec=spec, store=store, record=record, rooms=rooms)
     try:
         status, reason = trial.run()
+    except TrainingPruned as error:
+        status, reason = "pruned", error.problem
     except Exception as error:
         status, reason = "failed", reason_of(error)
-    if status != "failed":
+    if status in ("done", "over_limit"):
         trial.account()
     record.update(
         status=status,
@@ -236,7 +255,7 @@ class _Trial:
 
         def compute(folder: Storage) -> dict[str, Any]:
             with self.rooms.training(config) as placed:
-                return stages.train_stage(config, folder, placed)
+                return stages.train_stage(config, folder, placed, self._bars(config))
 
         output, mine = self._obtain("train", key, compute)
         found = output.result
@@ -251,11 +270,27 @@ class _Trial:
             peak_memory_bytes=found["peak_memory_bytes"],
             compute=found["compute"],
             steps=found["steps"],
+            tokens=found["tokens"],
             train_loss_nats=found["train_loss_nats"],
             val_bpb=found["val_bpb"],
+            val_tokens_scored=found.get("val_tokens"),
+            val_bytes_scored=found.get("val_bytes"),
             restarts=found["restarts"],
+            num_workers=found["num_workers"],
+            device=found.get("device"),
+            **{f"{name}_s": found[f"{name}_s"] for name in ("start", "compile", "elapsed")},
         )
         return stages.final_model(output.storage), output.fingerprint
+
+    def _bars(self, config: Config) -> dict[int, float]:
+        """The bpb on the way above which the training is ended; none where nothing is pruned."""
+        from golf_ray.sweeps.pruning import sweep_bars
+        from golf_ray.sweeps.table import read_records
+
+        if not self.spec.prune:
+            return {}
+        records = read_records(self.record._storage)
+        return sweep_bars(self.store.root, records, config.train.iterations)
 
     def _quantize(self, weights: str, name: str) -> StageOutput:
         from golf_ray.sweeps import stages
@@ -287,6 +322,8 @@ class _Trial:
         )
         self._add("quantize_s", output.result["wall_s"] if mine else 0.0)
         self.record.phases(**{n: output.result[f"{n}_s"] for n in ("codes", "sizing", "packed")})
+        if self.record.data.get("device") is None:
+            self.record.data["device"] = output.result.get("device")
         self.record.update(stage="evaluate")
         return output
 
@@ -299,6 +336,8 @@ class _Trial:
         self.record.data["constraints"]["bytes"] = over
         self.record.update(
             int6_bpb=_mean([output.result["int6_bpb"] for output in quantized]),
+            int6_tokens_scored=largest.get("int6_tokens_scored"),
+            int6_bytes_scored=largest.get("int6_bytes_scored"),
             model_bytes=largest["model_bytes"],
             predicted_model_bytes=largest["predicted_model_bytes"],
             bytes_exact=largest["exact"],
@@ -341,11 +380,12 @@ class _Trial:
 
         def compute(folder: Storage) -> dict[str, Any]:
             if config.adaptation.sample_documents is not None:
-                return self.rooms.light("evaluate", config=config, codes=codes)
+                return self.rooms.light("evaluate", config=config, codes=codes, folder=folder.uri)
             with self.rooms.pool(config) as watch:
                 return stages.evaluate_on_pool(config, codes, folder, **watch)
 
         output, mine = self._obtain("evaluate", key, compute)
+        self.record.data.setdefault("evaluations", []).append(output.name)
         wall_s = output.result["wall_s"] if mine else 0.0
         self._add("evaluate_s", wall_s)
         actors = output.result.get("actor_seconds")
@@ -363,10 +403,13 @@ class _Trial:
         def timed(folder: Storage) -> dict[str, Any]:
             nonlocal worked_s
             started_s = time.monotonic()
-            try:
-                return dict(compute(folder))
-            finally:
-                worked_s = time.monotonic() - started_s
+            result: dict[str, Any] = {}
+            with self._span(stage, result):
+                try:
+                    result.update(compute(folder))
+                finally:
+                    worked_s = time.monotonic() - started_s
+            return result
 
         output = self.store.obtain(
             stage, key, timed, on_wait=lambda who: self.record.update(waits_for=who)
@@ -375,6 +418,32 @@ class _Trial:
             self.record.phases(shared_wait=time.monotonic() - began_s)
         self.record.data.pop("waits_for", None)
         return output, output.made_by == self.store.who
+
+    @contextlib.contextmanager
+    def _span(self, stage: keys.Stage, result: Mapping[str, Any]) -> Iterator[None]:
+        """Note which GPUs a stage held and from when to when, also of one that fails.
+
+        Args:
+            result: the stage's, once the block has ended.
+        """
+        began_unix_s, waited_s = time.time(), self.rooms.waited_s
+        cluster = self.spec.base.cluster
+        workers = {"train": cluster.num_workers, "evaluate": 1}
+        if stage == "evaluate" and self.spec.config.adaptation.sample_documents is None:
+            workers["evaluate"] = cluster.eval_actors
+        try:
+            yield
+        finally:
+            self.record.data["spans"].append(
+                {
+                    "stage": stage,
+                    # It holds none while it waits for them.
+                    "began_unix_s": began_unix_s + self.rooms.waited_s - waited_s,
+                    "ended_unix_s": time.time(),
+                    "gpus": workers.get(stage, 1) * cluster.gpus_per_worker,
+                    "host": result.get("host"),
+                }
+            )
 
     def _add(self, name: str, seconds: float) -> None:
         self.record.data[name] = self.record.data.get(name, 0.0) + seconds

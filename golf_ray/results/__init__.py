@@ -1,0 +1,1 @@
+"""Results: records of any run read as tables, their statistics, files to export, and pictures."""

@@ -1,0 +1,1 @@
+"""Pictures of results: what is drawn, in one look for screens and for papers."""

@@ -1,0 +1,302 @@
+"""Where results lie, and what is read there: sweeps, run folders, ledgers, logs.
+
+A place is a path or a URI. What kind it is follows from the names in it; a folder of several is
+looked into once. Files are only read, and may be written meanwhile.
+
+Invariant: what cannot be read is one problem line and takes nothing else with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from golf_ray.errors import StorageError, UsageError
+from golf_ray.results.curves import Curve
+from golf_ray.results.migration import Record
+from golf_ray.results.records import read_trials
+from trainers.storage import Storage, shown
+
+Kind = Literal["trial", "run", "public", "ledger"]
+
+PLAN_FILE: Final = "sweep.json"
+TRIALS: Final = "trials"
+SWEEPS: Final = "sweeps"
+STAGES: Final = "stages"
+INTERVALS_FILE: Final = "intervals.jsonl"
+HEADER_FILE: Final = "header.json"
+CONFIG_FILE: Final = "config.json"
+LOG_SUFFIXES: Final = (".log", ".txt")
+
+WHAT: Final = "a sweep's folder, a storage, a run folder, a ledger or a log of the public program"
+
+OnProblem = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Something that holds results."""
+
+    kind: Kind
+    storage: Storage
+    """The folder; of a log, the one that holds it."""
+    file: str = ""
+    """Of a log, its name."""
+
+    @property
+    def uri(self) -> str:
+        """What to call it, once."""
+        return self.storage.uri_of(self.file) if self.file else self.storage.uri
+
+    @property
+    def parts(self) -> list[str]:
+        """Names from the outermost folder to its own, by which it is told from others."""
+        parts = [part for part in shown(self.storage.uri).split("/") if part]
+        if self.kind == "trial" and len(parts) > 2 and parts[-2] == SWEEPS:
+            del parts[-2]
+        return [*parts, self.file.rpartition(".")[0] or self.file] if self.file else parts
+
+
+@dataclass(kw_only=True, slots=True)
+class Found:
+    """What a place said."""
+
+    source: str
+    kind: Kind
+    records: list[Record] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Intervals of a log."""
+    plan: dict[str, Any] | None = None
+    ledgers: list[Ledgers] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ledgers:
+    """A ledger, and what its rows are called."""
+
+    storage: Storage
+    source: str
+    name: str = ""
+    """The ledger's place below `storage`; nothing where it is that folder itself."""
+    trial: int | None = None
+    evaluation: str | None = None
+
+    @property
+    def folder(self) -> Storage:
+        """The ledger's own."""
+        return self.storage.child(self.name) if self.name else self.storage
+
+    @property
+    def uri(self) -> str:
+        """What to call it, once."""
+        return self.storage.uri_of(self.name) if self.name else self.storage.uri
+
+
+def find_places(where: str) -> list[Place]:
+    """What holds results at a path or URI: itself, or what is in the folder.
+
+    Raises:
+        UsageError: nothing there does.
+        StorageError: it cannot be looked into.
+    """
+    storage = Storage(where)
+    above, name = _above(storage)
+    if _is_file(storage):
+        from golf_ray.results.public_logs import is_public_log
+
+        if is_public_log(above.read_bytes(name) or b""):
+            return [Place(kind="public", storage=above, file=name)]
+        raise UsageError(f"{shown(where)} is no log of the public program", f"give {WHAT}")
+    names = storage.names()
+    if not names:
+        there = "holds nothing" if above.exists(name) else "is not there"
+        raise UsageError(f"{shown(where)} {there}", f"give {WHAT}")
+    kind = _kind_of(names)
+    if kind is not None:
+        return [Place(kind=kind, storage=storage)]
+    if SWEEPS in names:
+        storage = storage.child(SWEEPS)
+        names = storage.names()
+    found = list(_below(storage, names))
+    if not found:
+        raise UsageError(f"{shown(where)} holds no results", f"give {WHAT}")
+    return found
+
+
+def name_places(places: Sequence[Place]) -> list[str]:
+    """A name for each place: its own, with folders before it where two have the same."""
+    parts = [place.parts for place in places]
+    depth = [1] * len(places)
+    while True:
+        names = ["/".join(p[-d:]) for p, d in zip(parts, depth, strict=True)]
+        count = Counter(names)
+        longer = [i for i, name in enumerate(names) if count[name] > 1 and depth[i] < len(parts[i])]
+        if not longer:
+            break
+        for i in longer:
+            depth[i] += 1
+    # Only what lies at one path of two file systems still has one name.
+    return [n if count[n] == 1 else places[i].uri for i, n in enumerate(names)]
+
+
+def read_place(place: Place, source: str, on_problem: OnProblem) -> Found:
+    """Everything but curves and ledgers, which are only named.
+
+    Raises:
+        StorageError: the place cannot be looked into.
+    """
+    if place.kind == "trial":
+        return _read_sweep(place, source, on_problem)
+    if place.kind == "run":
+        from golf_ray.results.runs import read_run
+
+        found = Found(source=source, kind="run")
+        record = read_run(place.storage, on_problem)
+        found.records += [] if record is None else [record]
+        found.curves = [Curve(storage=place.storage, name=INTERVALS_FILE, source=source)]
+        return found
+    if place.kind == "public":
+        from golf_ray.results.public_logs import read_log
+
+        text = (place.storage.read_bytes(place.file) or b"").decode("utf-8", "replace")
+        record, rows = read_log(text, place.uri, on_problem)
+        return Found(source=source, kind="public", records=[record], rows=rows)
+    found = Found(source=source, kind="ledger")
+    found.ledgers = [Ledgers(storage=place.storage, source=source)]
+    return found
+
+
+# Sweeps -------------------------------------------------------------------------------------------
+
+
+def _read_sweep(place: Place, source: str, on_problem: OnProblem) -> Found:
+    found = Found(source=source, kind="trial")
+    data = place.storage.read_bytes(PLAN_FILE)
+    if data is not None:
+        try:
+            plan = json.loads(data)
+            if not isinstance(plan, dict):
+                raise ValueError("no JSON object")
+            found.plan = plan
+        except ValueError as error:
+            on_problem(f"{place.storage.uri_of(PLAN_FILE)} is damaged ({error})")
+    found.records = read_trials(place.storage.child(TRIALS), on_problem)
+    _complete(found.records, found.plan or {})
+    stages = _above(_above(place.storage)[0])[0].child(STAGES)
+    makers = makers_of(found.records)
+    found.curves = [
+        Curve(storage=stages, name=f"{training}/run/{INTERVALS_FILE}", source=source,
+              trial=trial, training=training)
+        for training, trial in makers.items()
+    ]  # fmt: skip
+    found.ledgers = [
+        Ledgers(
+            storage=stages,
+            name=f"{name}/ledger",
+            source=source,
+            trial=record["trial"],
+            evaluation=name,
+        )
+        for record in found.records
+        for name in evaluations_of(record)
+    ]
+    return found
+
+
+def makers_of(records: Sequence[Record]) -> dict[str, int]:
+    """Of each training the trial that it was made for; the first that has it, where none of these
+    is."""
+    makers: dict[str, int] = {}
+    for record in records:
+        training = record.get("training")
+        if isinstance(training, str) and (training not in makers or record.get("trained")):
+            makers[training] = record["trial"]
+    return makers
+
+
+def evaluations_of(record: Record) -> list[str]:
+    """Folders of a trial's scores, then those of a finalist's."""
+    final = (record.get("final") or {}).get("evaluations")
+    return [
+        str(name)
+        for names in (record.get("evaluations"), final)
+        for name in (names if isinstance(names, list) else ())
+    ]
+
+
+def _complete(records: Sequence[Record], plan: dict[str, Any]) -> None:
+    """What older records left to the plan."""
+    labels, checkpoints = (
+        found if isinstance(found := plan.get(name), list) else []
+        for name in ("labels", "checkpoints")
+    )
+    for record in records:
+        if not record["config"] and isinstance(plan.get("base"), dict):
+            record["config"] = _with_knobs(plan["base"], record["knobs"])
+        if record.get("data") is None:
+            record["data"] = plan.get("data") or None
+        if record.get("checkpoints") is None and checkpoints:
+            record["checkpoints"] = [one[0] for one in checkpoints if isinstance(one, list)]
+        number = record["trial"]
+        if record.get("label") is None and 0 < number <= len(labels):
+            record["label"] = labels[number - 1]
+
+
+def _with_knobs(config: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
+    changed = {**config}
+    for knob, value in knobs.items():
+        section, _, name = knob.partition(".")
+        if isinstance(changed.get(section), dict):
+            changed[section] = {**changed[section], name: value}
+    return changed
+
+
+# Kinds --------------------------------------------------------------------------------------------
+
+
+def _kind_of(names: Sequence[str]) -> Kind | None:
+    if PLAN_FILE in names:
+        return "trial"
+    if HEADER_FILE in names:
+        return "ledger"
+    # A run that has just begun has its configuration and nothing else.
+    return "run" if CONFIG_FILE in names else None
+
+
+def _below(storage: Storage, names: Sequence[str]) -> Iterator[Place]:
+    from golf_ray.results.public_logs import is_public_log
+
+    for name in names:
+        if name.startswith("."):
+            continue
+        if name.endswith(LOG_SUFFIXES):
+            if is_public_log(storage.read_bytes(name) or b""):
+                yield Place(kind="public", storage=storage, file=name)
+            continue
+        child = storage.child(name)
+        if not _is_file(child) and (kind := _kind_of(child.names())) is not None:
+            yield Place(kind=kind, storage=child)
+
+
+def _is_file(storage: Storage) -> bool:
+    from pyarrow import fs
+
+    try:
+        found = storage.filesystem.get_file_info(storage.path)
+    except OSError as error:
+        line = " ".join(str(error).split())[:200]
+        raise StorageError(f"{shown(storage.uri)} cannot be read ({line})", "check it") from None
+    return bool(found.type == fs.FileType.File)
+
+
+def _above(storage: Storage) -> tuple[Storage, str]:
+    """The folder that holds one, and its name there."""
+    base, mark, query = storage.uri, "", ""
+    if "://" in base:
+        base, mark, query = base.partition("?")
+    above, _, name = base.rpartition("/")
+    return Storage((above or "/") + mark + query), name
