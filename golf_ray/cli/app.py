@@ -13,6 +13,7 @@ import typer
 from golf_ray.cli import (
     audit,
     bench,
+    compare,
     config,
     confirm,
     data,
@@ -21,6 +22,7 @@ from golf_ray.cli import (
     export,
     quantize,
     quickstart,
+    report,
     show,
     status,
     submit,
@@ -53,6 +55,8 @@ def application() -> typer.Typer:
     add_verb(app, "status", status.status, status.EXAMPLES)
     add_verb(app, "show", show.show, show.EXAMPLES)
     add_verb(app, "export", export.export, export.EXAMPLES)
+    add_verb(app, "compare", compare.compare, compare.EXAMPLES)
+    add_verb(app, "report", report.report, report.EXAMPLES)
     add_verb(app, "submit", submit.submit, submit.EXAMPLES)
     app.add_typer(bench.group(), name="bench")
     app.add_typer(config.group(), name="config")

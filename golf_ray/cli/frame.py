@@ -20,7 +20,7 @@ NO_VALUE = ""
 
 VERBS = (
     "quickstart", "data", "train", "quantize", "eval", "audit", "sweep", "confirm", "status",
-    "show", "export", "submit", "bench", "config", "doctor",
+    "show", "export", "compare", "report", "submit", "bench", "config", "doctor",
 )  # fmt: skip
 """Order of the verbs in help, that of the work; others come last."""
 
