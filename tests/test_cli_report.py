@@ -11,7 +11,16 @@ from cli_runner import golf_ray
 from results_made import Made, make_log, make_run, make_sweep
 
 ODD = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> \"' &amp; \u2028 $&"
-PICTURES = ("curves", "documents", "history", "importances", "parallel", "sizes", "timeline")
+PICTURES = (
+    "curves",
+    "document_differences",
+    "documents",
+    "history",
+    "importances",
+    "parallel",
+    "sizes",
+    "timeline",
+)
 
 
 @pytest.fixture(scope="module")

@@ -142,8 +142,10 @@ def test_trials_of_one_training_count_once_and_the_best_is_named_as_picked(tmp_p
     grouped = compare_places(sides, storage=str(made.storage))
     assert len(grouped.scores[1].values) == 1
     assert any("3 trials are of 1 training" in note for note in grouped.notes)
-    text = "\n".join(found.lines())
-    assert "one seed gives no p-value" in text and "setting is better than the other is not" in text
+    assert "one seed gives no p-value" in "\n".join(found.lines())
+    [(_, _, pair)] = found.documents
+    said = pair.line("a", "b")
+    assert ("these two artifacts differ; that one setting is better" in said) == pair.differ
 
 
 def test_logs_of_seeds_are_one_side(tmp_path: Path) -> None:

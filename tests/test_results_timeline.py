@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from hypothesis import given
@@ -34,7 +35,7 @@ def test_no_two_spans_overlap_in_a_lane_and_each_has_its_slots(spans: list[Span]
             busy.setdefault((one.span.host, lane), []).append((one.span.began_s, one.span.ended_s))
     for times in busy.values():
         times.sort()
-        assert all(a[1] <= b[0] for a, b in zip(times, times[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(times))
 
 
 @given(SPANS)
