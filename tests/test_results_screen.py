@@ -79,7 +79,13 @@ def test_a_curve_is_a_block_of_its_size(
 def test_a_curve_goes_where_its_points_go(ascii_only: bool) -> None:
     falling = [(float(x), 10.0 - x) for x in range(11)]
     rows = curve(falling, 11, 11, x_range=(0.0, 10.0), y_range=(0.0, 10.0), ascii_only=ascii_only)
-    assert [len(row) for row in rows] == list(range(1, 12)), "one step to the right a row"
+    widths = [len(row) for row in rows]
+    if ascii_only:
+        assert widths == list(range(1, 12)), "one step to the right a row"
+    else:
+        # A character holds eight points there, so a row may end in the next one's column.
+        assert widths == sorted(widths) and widths[-1] == 11
+        assert all(abs(width - row) <= 1 for row, width in enumerate(widths, 1))
     flat = curve([(0.0, 3.0), (9.0, 3.0)], 10, 3, x_range=(0, 9), y_range=(3.0, 3.0))
     assert [bool(row) for row in flat] == [False, True, False] and len(flat[1]) == 10
 
@@ -119,7 +125,7 @@ def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
 
 CHANGES: dict[str, st.SearchStrategy[Any]] = {
     "train.warmdown_frac": st.floats(0.1, 0.9),
-    "train.max_wallclock_s": st.none() | st.floats(10, 1e4),
+    "train.max_wallclock_s": st.none() | st.floats(20, 1e4),
     "train.muon_row_normalize": st.booleans(),
     "adaptation.sites": st.sampled_from([["k"], ["q", "k"], []]),
     "adaptation.chunk_size": st.sampled_from([16, 32, 48]),

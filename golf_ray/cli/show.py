@@ -10,6 +10,7 @@ from golf_ray.cli.frame import examples
 from golf_ray.cli.options import AsJson, Debug
 from golf_ray.cli.output import print_json
 from golf_ray.cli.sweep import Storage
+from golf_ray.errors import UsageError
 from golf_ray.sweeps import DEFAULT_STORAGE
 
 EXAMPLES = examples(
@@ -42,6 +43,8 @@ def show(
     """
     from rich.console import Console
 
+    if not run.strip():
+        raise UsageError(f"RUN is '{run}', which names nothing", "give a run folder or a sweep")
     from golf_ray.results.gathering import account_of
     from golf_ray.results.screen import print_account
 

@@ -102,8 +102,8 @@ def about(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     hours, rest = divmod(minutes, 60)
-    days, hours_left = divmod(hours, 24)
-    if days:
+    if hours >= 24:
+        days, hours_left = divmod(round(seconds / 3600), 24)
         return f"{days} d {hours_left} h"
     return f"{hours} h {rest:02d} min" if hours else f"{minutes} min"
 
