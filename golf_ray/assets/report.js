@@ -62,6 +62,8 @@
     const mine = ++turn;
     delete root.dataset.drawn;
     for (const place of document.querySelectorAll("[data-chart]")) {
+      // The page can be read and used between two charts.
+      await new Promise((done) => setTimeout(done));
       if (mine !== turn) return;
       try {
         await draw(place);
