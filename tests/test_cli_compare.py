@@ -21,8 +21,9 @@ def test_the_records_figures() -> None:
     text = golf_ray("compare", "--values", BPB, "--against", "1.0810").out
     assert "n 3, mean 1.07336388, sample standard deviation 0.00084633" in text
     assert "t 15.63, p 0.0020 one-sided" in text
-    argv = ("--values", NATS, "--nats", "--against", "2.7923", "--margin", "0.005")
+    argv = ("--values", NATS, "--nats", "--against", "2.7923")
     assert "t 11.64, p 0.0037 one-sided" in golf_ray("compare", *argv).out
+    assert "2.7923 - 0 nats: t 15.60" in golf_ray("compare", *argv, "--margin", "0").out
     data = golf_ray("compare", *argv, "--json").json
     assert data["unit"] == "nats"
     assert data["published"]["margin_test"]["p_one_sided"] == pytest.approx(0.0037, abs=5e-5)

@@ -22,7 +22,7 @@ EXAMPLES = examples(
     "golf-ray compare scores/a scores/b",
     "golf-ray compare 'logs/*.log' --against 1.0810",
     "golf-ray compare --values 1.0726,1.0732,1.0743 --against 1.0810",
-    "golf-ray compare --values 2.7706,2.7723,2.7749 --nats --against 2.7923 --margin 0.005",
+    "golf-ray compare --values 2.7706,2.7723,2.7749 --nats --against 2.7923",
 )
 NUMBERS = "Numbers"
 
@@ -52,7 +52,7 @@ def compare(
             min=0.0,
             metavar="X",
             help="Test for a gain of more than this, too: in nats a token; of --values in their "
-            "unit. The field's rule for a record, 0.005 nats, if not given for sides.",
+            "unit. By default the field's rule for a record, 0.005 nats; none for --values in bpb.",
         ),
     ] = None,
     storage: Storage = DEFAULT_STORAGE,
@@ -100,6 +100,8 @@ def compare(
         if sides or against is None:
             raise UsageError("--values are compared with a number", "give --against, and no side")
         unit = "nats" if nats else "bpb"
+        if nats and margin is None:
+            margin = RECORD_GAIN_NATS
         found = compare_numbers(_numbers(values), against, unit=unit, margin=margin)  # type: ignore[arg-type]
     else:
         if not sides:
