@@ -30,7 +30,7 @@ SEEDS = (
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A running sweep of 24 trials, of which some failed or are over a limit."""
+    """A sweep of 24 trials whose driver is gone, of which some failed or are over a limit."""
     return make_sweep(tmp_path_factory.mktemp("made") / "store", "nightly")
 
 
@@ -56,7 +56,7 @@ def test_csv_goes_to_standard_output_and_has_all_trials_and_columns(made: Made) 
     knobs = list(made.records[0]["knobs"])
     assert list(frame.columns) == [c.name for c in IDENTITY] + knobs + [c.name for c in MEASURES]
     pd.testing.assert_frame_equal(frame, load_results(made.folder).trials)
-    assert set(frame["status"]) == {"done", "failed", "over_limit", "running"}
+    assert set(frame["status"]) == {"done", "failed", "over_limit", "interrupted"}
     assert frame.loc[frame["status"] == "failed", "reason"].str.contains("not finite").all()
 
 

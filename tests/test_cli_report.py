@@ -10,6 +10,11 @@ import pytest
 from cli_runner import golf_ray
 from results_made import Made, make_log, make_run, make_sweep
 
+from golf_ray.results.pictures.rows import STATUSES
+from golf_ray.results.pictures.themes import SHAPES
+from golf_ray.results.records import LEFT
+from golf_ray.results.schema import FINAL, NOT_FINAL
+
 ODD = "</script><script>alert(1)</script> <img src=x onerror=alert(2)> \"' &amp; \u2028 $&"
 PICTURES = (
     "curves",
@@ -60,6 +65,24 @@ def test_every_section_has_its_picture_or_says_why_not(page: str) -> None:
         assert f">{title}<" in page
     assert "--set train.warmdown_frac=" in page
     assert "the best of" in page and "golf-ray confirm" in page
+
+
+def test_every_status_looks_different_and_is_told_with_its_reason(tmp_path: Path) -> None:
+    assert {status.replace(" ", "_") for status in STATUSES} == {*FINAL, *NOT_FINAL}
+    assert len(set(SHAPES)) == len(SHAPES) == len(STATUSES)
+    made = make_sweep(tmp_path / "store", "nightly", num_trials=24, num_documents=0)
+    path = made.folder / "trials" / "00002.json"
+    reason = "val_bpb 1.31 at step 300 is over 1.22, the median of 5 trainings"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "status": "pruned", "reason": reason}))
+    golf_ray("report", made.folder, "--out", tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    failures = page.partition('id="failures"')[2]
+    assert reason in failures and LEFT in failures
+    assert "1 interrupted, 1 pruned" in page
+    for status in STATUSES:
+        name = status.replace(" ", "-")
+        assert f".status.{name} {{ color" in page and f".status.{name}::before" in page
 
 
 def test_pictures_are_files_for_papers(made: Made, tmp_path: Path) -> None:

@@ -66,10 +66,13 @@ def test_only_what_is_done_counts_and_the_rest_is_counted() -> None:
     rows = [
         done(1, "t1", 1.0), done(2, "t2", 5.0, status="failed"),
         done(3, "t3", 5.0, status="over_limit"), done(4, "t4", None, status="running"),
-        done(5, "t5", None), done(6, "t6", float("inf")),
+        done(5, "t5", None), done(6, "t6", float("inf")), done(7, "t7", 5.0, status="pruned"),
+        done(8, "t8", None, status="interrupted"),
     ]  # fmt: skip
     row = grouped(trials(rows), ["knob"]).iloc[0]
-    assert row[["n", "done", "failed", "over_limit", "running"]].tolist() == [3, 3, 1, 1, 1]
+    assert row["n"] == 3
+    counts = row[["done", "failed", "over_limit", "pruned", "running", "interrupted"]]
+    assert counts.tolist() == [3, 1, 1, 1, 1, 1] and counts.sum() == len(rows)
     assert row["ttt_bpb_n"] == 1 and row["ttt_bpb_mean"] == 1.0
     assert row["val_bpb_n"] == 0 and row["val_bpb_mean"] is pd.NA
 

@@ -26,9 +26,11 @@ from golf_ray.errors import ConfigError, StorageError, UsageError
 from golf_ray.presets import TINY
 from golf_ray.results.columns import NON_FINITE, make_column
 from golf_ray.results.reading import load_results, trials_frame, with_config_columns
-from golf_ray.results.records import read_records
+from golf_ray.results.records import as_left, read_records
 from golf_ray.results.schema import DOCUMENTS, IDENTITY, INTERVALS, MEASURES, SCHEMA, types_of
+from golf_ray.sweeps.claims import DRIVER, Claims
 from trainers.local import train_in_process
+from trainers.storage import Storage
 from trainers.validation import PackedValidation
 
 WARMDOWN = "train.warmdown_frac"
@@ -68,8 +70,9 @@ def test_the_tables_are_the_schemas_and_say_what_records_say(tmp_path: Path) -> 
         assert {n: str(table[n].dtype) for n in types_of(columns)} == types_of(columns)
     assert list(results.intervals.columns) == list(types_of(INTERVALS))
     assert list(results.documents.columns) == list(types_of(DOCUMENTS))
-    assert set(results.trials["status"]) == {"done", "failed", "over_limit", "running"}
+    assert set(results.trials["status"]) == {"done", "failed", "over_limit", "interrupted"}
     for row, record in zip(results.trials.to_dict("records"), made.records, strict=True):
+        record = as_left(record, driven=False)
         for name in ("trial", "status", "reason", "steps", "ttt_bpb", "total_bytes", "fits",
                      "began_unix_s", "device", "commit", "training"):  # fmt: skip
             assert plain(row[name]) == record.get(name), name
@@ -194,6 +197,30 @@ def test_sweeps_of_one_name_are_told_apart(tmp_path: Path) -> None:
     results = load_results(tmp_path / "a", tmp_path / "b")
     assert results.trials["source"].unique().tolist() == ["a/nightly", "b/nightly"]
     assert sorted(results.plans) == ["a/nightly", "b/nightly"]
+
+
+def test_a_trial_that_nobody_runs_any_more_was_interrupted(tmp_path: Path) -> None:
+    made = make_sweep(tmp_path, num_trials=6, num_documents=0)
+    written = sorted(made.folder.rglob("*"))
+
+    def last() -> pd.Series[Any]:
+        return load_results(made.folder).trials.iloc[-1]
+
+    claim = Claims(Storage(made.folder).child(DRIVER), "the driver of this test").take()
+    assert claim is not None
+    with claim:
+        assert last()["status"] == "running" and pd.isna(last()["reason"])
+        there = list((made.folder / DRIVER).iterdir())
+        beat = json.loads(there[0].read_text())
+    # Its host has lost the process that this claim is of.
+    there[0].write_text(json.dumps({**beat, "pid": 2**22 + 1}))
+    assert last()["status"] == "interrupted" and "resume" in last()["reason"]
+    assert load_results(made.folder).trials["status"].tolist()[:5] == ["done"] * 5
+    assert there[0].exists(), "who reads clears nothing away"
+    there[0].unlink()
+    assert last()["status"] == "interrupted"
+    (made.folder / DRIVER).rmdir()
+    assert sorted(made.folder.rglob("*")) == written
 
 
 def test_everything_at_once_and_by_uri(tmp_path: Path) -> None:

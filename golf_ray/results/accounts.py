@@ -33,15 +33,12 @@ class RunAccount:
     events: tuple[dict[str, Any], ...]
     last_written_unix_s: float | None
     """Of the last sign of life of what has not ended."""
-    driven: bool | None
-    """Whether somebody runs the sweep that it is of; None where it is of none."""
     problems: tuple[str, ...]
 
     @property
     def status(self) -> str:
-        """As in the row; a trial that nobody runs any more was interrupted."""
-        status = str(self.row.get("status", "unknown"))
-        return "interrupted" if status == "running" and self.driven is False else status
+        """As in the row."""
+        return str(self.row.get("status", "unknown"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -30,7 +30,9 @@ COUNTS: Final = (
     Column(name="done", type="Int64", text="trials that are done"),
     Column(name="failed", type="Int64", text="trials that failed"),
     Column(name="over_limit", type="Int64", text="trials that are over a limit"),
-    Column(name="running", type="Int64", text="trials that have not ended"),
+    Column(name="pruned", type="Int64", text="trials whose training was stopped early"),
+    Column(name="running", type="Int64", text="trials that somebody runs"),
+    Column(name="interrupted", type="Int64", text="trials that have not ended and nobody runs"),
     Column(name="trials", type="string", text="all trials of the group, by number"),
 )
 """Columns of a group beside those that it is a group by and its means."""

@@ -24,6 +24,7 @@ from golf_ray.results.accounts import (
     RunAccount,
     SweepAccount,
 )
+from golf_ray.results.schema import FINAL
 from golf_ray.results.settings import differences, preset_of, settings_of
 from golf_ray.results.sources import SWEEPS, Place, find_places
 from trainers.storage import Storage, parse_lines, shown
@@ -112,7 +113,6 @@ def _look(name: str) -> list[Place]:
 
 def _run(place: Place, number: int | None) -> RunAccount:
     from golf_ray.results.reading import load_results
-    from golf_ray.results.standing import is_driven
 
     results = load_results(place.uri)
     at = _row_of(results, number, place)
@@ -130,7 +130,6 @@ def _run(place: Place, number: int | None) -> RunAccount:
         intervals=_curve(results, record, number),
         events=_events(run),
         last_written_unix_s=None if row.get("status") != "running" else _last_written(run),
-        driven=is_driven(place.storage) if place.kind == "trial" else None,
         problems=results.problems,
     )
 
@@ -229,7 +228,7 @@ def failures_of(records: Sequence[Mapping[str, Any]]) -> tuple[FailureGroup, ...
     """Trials that ended without a score that counts, by reason, the most frequent first."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for record in records:
-        if record["status"] not in ("done", "running"):
+        if record["status"] in FINAL and record["status"] != "done":
             alike = _NUMBERS.sub("#", str(record.get("reason") or ""))
             groups.setdefault((record["status"], alike), []).append(record)
     found = [

@@ -25,6 +25,7 @@ import pandas as pd
 from golf_ray import stats
 from golf_ray.results.cells import values_and_missing
 from golf_ray.results.describing import COUNTS, SCORES, STATISTICS
+from golf_ray.results.schema import FINAL, NOT_FINAL
 
 SEED: Final = "train.seed"
 _NO_MATTER: Final = ("name", "data.dir")
@@ -135,7 +136,7 @@ def _counts(frame: pd.DataFrame, members: Sequence[Sequence[int]]) -> Mapping[st
     for rows in members:
         own = [statuses[i] for i in rows]
         found["n"].append(len({units[i] for i in rows if statuses[i] == "done"}))
-        for status in ("done", "failed", "over_limit", "running"):
+        for status in (*FINAL, *NOT_FINAL):
             found[status].append(own.count(status))
         several = len({sources[i] for i in rows}) > 1
         found["trials"].append(", ".join(_name(sources[i], numbers[i], several) for i in rows))

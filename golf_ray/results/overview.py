@@ -281,12 +281,13 @@ def _value(value: Any) -> str:
 
 
 def failures(trials: Trials, records: Sequence[Mapping[str, Any]]) -> tuple[Failure, ...]:
-    """Trials that failed or are over a limit by reason, the most frequent first.
+    """Trials that ended without a score that counts, or were interrupted, by reason, the most
+    frequent first.
 
     Reasons that differ in their numbers alone are one.
     """
     frame = trials.frame
-    bad = frame[frame["status"].isin(["failed", "over_limit"]).fillna(False).astype(bool)]
+    bad = frame[~frame["status"].isin(["done", "running"]) & frame["status"].notna()]
     reasons = bad["reason"].fillna("no reason is recorded")
     alike = reasons.map(lambda text: _NUMBERS.sub("#", str(text)))
     lost = lost_gpu_hours(trials, records, bad)
@@ -323,12 +324,14 @@ def totals(parts: Sequence[Summary]) -> list[tuple[str, str, str]]:
     wasted, wall = sum(p.wasted_gpu_hours for p in parts), sum(p.wasted_hours for p in parts)
     of = f"of {planned:,} planned" if planned > total else "all that were planned"
     lost = counts["failed"] + counts["over limit"]
+    others = [f"{counts[status]:,} {status}" for status in ("interrupted", "pruned")
+              if counts[status]]  # fmt: skip
     cost = f"{wasted:,.2f} GPU-hours" if hours else f"{wall:,.2f} hours"
     return [
         (f"{total:,}", "trial" if total == 1 else "trials", of),
         (f"{counts['done']:,}", "done", number_of(sum(p.trainings for p in parts), "training")),
         (f"{counts['failed']:,}", "failed", f"{counts['over limit']:,} over a limit"),
-        (f"{counts['running']:,}", "running", "begun, and without an end in their records"),
+        (f"{counts['running']:,}", "running", ", ".join(others) or "at this moment"),
         (f"{hours:,.2f}", "GPU-hours", "of finished stages"),
         (cost.partition(" ")[0], f"{cost.partition(' ')[2]} lost",
          f"on {number_of(lost, 'trial')} that failed or are over"),

@@ -19,6 +19,7 @@ from typing import Any, Final
 from golf_ray.errors import StorageError
 from golf_ray.results.curves import REMOTE_THREADS, THREADS
 from golf_ray.results.migration import Record, migrate
+from golf_ray.results.schema import FINAL
 from trainers.storage import Storage, shown
 
 GROUP_FILES: Final = 64
@@ -32,6 +33,9 @@ PARTS: Final[dict[str, type]] = {
 OPTIONAL_PARTS: Final[dict[str, type]] = {
     "final": dict, "spans": list, "evaluations": list, "codes": list, "checkpoints": list,
 }  # fmt: skip
+
+LEFT: Final = "nobody runs its sweep any more: resume it"
+"""Why a trial was interrupted whose driver could not say so."""
 
 OnProblem = Callable[[str], None]
 Parts = dict[bytes, Any]
@@ -94,6 +98,17 @@ def parse_record(data: bytes, folder: Storage, name: str) -> Record:
             raise StorageError(f"{where} is damaged: its {name} is {record[name]!r}",
                                "restore or remove the file")  # fmt: skip
     return record
+
+
+def as_left(record: Record, *, driven: bool) -> Record:
+    """A record as it is by now: who was killed could not write that its trial was interrupted.
+
+    Args:
+        driven: whether somebody runs its sweep.
+    """
+    if driven or record["status"] in FINAL:
+        return record
+    return {**record, "status": "interrupted", "reason": LEFT}
 
 
 def _read_all(folder: Storage, names: Sequence[str]) -> Iterator[bytes | None]:

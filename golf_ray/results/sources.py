@@ -17,7 +17,8 @@ from typing import Any, Final, Literal
 from golf_ray.errors import StorageError, UsageError
 from golf_ray.results.curves import Curve
 from golf_ray.results.migration import Record
-from golf_ray.results.records import read_trials
+from golf_ray.results.records import as_left, read_trials
+from golf_ray.sweeps.claims import claims_of_drivers
 from trainers.storage import Storage, shown
 
 Kind = Literal["trial", "run", "public", "ledger"]
@@ -184,7 +185,10 @@ def _read_sweep(place: Place, source: str, on_problem: OnProblem) -> Found:
             found.plan = plan
         except ValueError as error:
             on_problem(f"{place.storage.uri_of(PLAN_FILE)} is damaged ({error})")
-    found.records = read_trials(place.storage.child(TRIALS), on_problem)
+    # Asked first: who is gone by now has written all that he ever will.
+    driven = claims_of_drivers(place.storage, "a reader").is_held()
+    records = read_trials(place.storage.child(TRIALS), on_problem)
+    found.records = [as_left(record, driven=driven) for record in records]
     _complete(found.records, found.plan or {})
     stages = _above(_above(place.storage)[0])[0].child(STAGES)
     makers = makers_of(found.records)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from golf_ray.errors import StorageError
 from golf_ray.results.curves import REMOTE_THREADS
 from golf_ray.results.migration import Record
-from golf_ray.results.records import parse_record
+from golf_ray.results.records import as_left, parse_record
 from golf_ray.results.schema import FINAL
 from golf_ray.results.sources import PLAN_FILE, STAGES, SWEEPS, TRIALS
-from golf_ray.sweeps.claims import Claims
+from golf_ray.sweeps.claims import claims_of_drivers
 from golf_ray.sweeps.finalists import ranked
 from golf_ray.sweeps.progress import describe
 from trainers.storage import Storage
@@ -31,8 +31,6 @@ from trainers.storage import Storage
 if TYPE_CHECKING:
     from golf_ray.sweeps.plan import SweepPlan
 
-DRIVER: Final = "driver"
-"""Folder of the claim of whoever runs the sweep, as in `golf_ray.sweeps.runner`."""
 MOST_DESCRIBED: Final = 12
 """Running trials whose training curve is looked into."""
 
@@ -121,7 +119,7 @@ class Look:
 
     @property
     def running(self) -> list[Record]:
-        """Trials that have not ended; without a driver they were interrupted."""
+        """Trials that have not ended, interrupted ones too."""
         return [record for record in self.records if record["status"] not in FINAL]
 
     @property
@@ -213,7 +211,7 @@ class SweepReader:
         self._describe = describe_running
         self._trials = sweep.folder.child(TRIALS)
         # One for all looks: that a driver on another host is dead is seen over time.
-        self._driver = Claims(sweep.folder.child(DRIVER), "a reader")
+        self._driver = claims_of_drivers(sweep.folder, "a reader")
         self._final: dict[str, Record] = {}
 
     def look(self) -> Look:
@@ -222,8 +220,10 @@ class SweepReader:
         Raises:
             StorageError: the folder cannot be read.
         """
-        driven = _is_held(self._driver)
+        # Asked first: who is gone by now has written all that he ever will.
+        driven = self._driver.is_held()
         records, problems = self._read()
+        records = [as_left(record, driven=driven) for record in records]
         look = Look(
             sweep=self.sweep,
             records=tuple(records),
@@ -281,11 +281,6 @@ class SweepReader:
             return f"trial {record['trial']}: running"
 
 
-def is_driven(folder: Storage) -> bool:
-    """Whether somebody runs the sweep in a folder, as far as can be seen at once."""
-    return _is_held(Claims(folder.child(DRIVER), "a reader"))
-
-
 def scored(records: Sequence[Record], objective: str) -> list[Record]:
     """Records that say all that a ranking asks of those that are done."""
     return [
@@ -310,14 +305,6 @@ def covered_s(spans: Any) -> float:
         total += max(0.0, ended - max(began, until))
         until = max(until, ended)
     return total
-
-
-def _is_held(claims: Claims) -> bool:
-    try:
-        return claims.is_held()
-    except StorageError:
-        # A reader who may not write cannot clear a dead driver's claim away.
-        return False
 
 
 def _seconds(value: Any) -> float:

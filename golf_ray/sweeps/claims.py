@@ -29,6 +29,8 @@ from golf_ray.errors import StorageError
 from trainers.storage import Storage
 
 BEAT_S = 5.0
+DRIVER = "driver"
+"""Folder of a sweep in which who runs it has a claim."""
 STALE_S = 60.0
 """A holder's process may be stopped, or its storage slow, for so long."""
 
@@ -67,6 +69,11 @@ class Claim:
                 self._storage.write_bytes(self._name, json.dumps(self._content).encode())
 
 
+def claims_of_drivers(sweep: Storage, who: str) -> Claims:
+    """The claims of who runs the sweep in a folder, or would."""
+    return Claims(sweep.child(DRIVER), who)
+
+
 class Claims:
     """One claimant's view of the claims in a folder.
 
@@ -99,11 +106,18 @@ class Claims:
         return Claim(self._storage, self._name, self._content)
 
     def is_held(self) -> bool:
-        """Whether somebody else who is alive, as far as can be seen at once, holds a claim."""
-        return self._others()
+        """Whether somebody else who is alive, as far as can be seen by now, holds a claim.
 
-    def _others(self) -> bool:
-        """Whether a claim of somebody who is alive is there; those of the dead are removed."""
+        Writes nothing. That a holder on another host is dead is seen by asking again.
+        """
+        return self._others(clear=False)
+
+    def _others(self, *, clear: bool = True) -> bool:
+        """Whether a claim of somebody who is alive is there.
+
+        Args:
+            clear: remove those of the dead.
+        """
         self.holder = None
         for name in self._storage.names():
             if name == self._name or not name.endswith(".json"):
@@ -112,7 +126,8 @@ class Claims:
             if data is None:
                 continue
             if self._is_dead(name, data):
-                self._storage.remove(name)
+                if clear:
+                    self._storage.remove(name)
                 continue
             self.holder = _who(data)
             here = _parsed(data).get("host") == _process()["host"]

@@ -27,7 +27,7 @@ from golf_ray.records import make_folder
 from golf_ray.results.schema import FINAL
 from golf_ray.sweeps import finalists
 from golf_ray.sweeps.broker import BrokerClient, broker_of
-from golf_ray.sweeps.claims import Claims
+from golf_ray.sweeps.claims import claims_of_drivers
 from golf_ray.sweeps.plan import SweepPlan
 from golf_ray.sweeps.points import PointsSearch
 from golf_ray.sweeps.rooms import ClusterRooms
@@ -51,8 +51,6 @@ TRIAL_RESTARTS = 2
 MOST_CONCURRENT = 32
 DATABASE = "optuna.db"
 DRIVER_POLL_S = 1.0
-DRIVER = "driver"
-"""Folder of the claim of whoever runs the sweep."""
 
 Tell = Callable[[str], None]
 
@@ -244,7 +242,7 @@ def local_cluster(plan: SweepPlan) -> Iterator[None]:
 @contextlib.contextmanager
 def _driving(plan: SweepPlan) -> Iterator[None]:
     """Be the only one who runs this sweep."""
-    claims = Claims(plan.folder.child(DRIVER), f"the driver of {plan.name}")
+    claims = claims_of_drivers(plan.folder, f"the driver of {plan.name}")
     while (claim := claims.take()) is None:
         # A driver that was killed on another host looks alive until it is seen not to beat.
         if claims.is_sure:
@@ -255,12 +253,6 @@ def _driving(plan: SweepPlan) -> Iterator[None]:
         time.sleep(DRIVER_POLL_S)
     with claim:
         yield
-
-
-def is_driven(plan: SweepPlan) -> bool:
-    """Whether somebody runs this sweep, as far as can be seen at once."""
-    claims = Claims(plan.folder.child(DRIVER), "a reader")
-    return claims.is_held()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,8 @@ __all__ = ["COLUMNS", "read_records", "screen_table", "trials_frame", "write_tab
 COLUMNS = types_of((*IDENTITY, *MEASURES))
 """Columns of every table beside the knobs, with their types."""
 
+_ENDS = {"over_limit": "over", "interrupted": "stopped"}
+"""Statuses that are too long for their column."""
 _SHORT = {
     "train.warmdown_frac": ("warm\ndown", 2),
     "train.muon_momentum": ("mom.", 3),
@@ -88,7 +90,7 @@ def screen_table(frame: pd.DataFrame, objective: str = "ttt_bpb") -> Table:
         if row["status"] == "done":
             cells.append("" if pd.isna(row["trained"]) else "new" if row["trained"] else "shared")
         else:
-            cells.append(str(row["status"]).replace("over_limit", "over"))
+            cells.append(_ENDS.get(row["status"], str(row["status"])))
         table.add_row(*cells, style="bold green" if row["trial"] == best else None)
     return table
 

@@ -16,7 +16,7 @@ import pandas as pd
 from golf_ray.errors import UsageError, nearest
 from golf_ray.results.pictures.themes import MAX_SERIES
 
-STATUSES: Final = ("done", "over limit", "running", "failed")
+STATUSES: Final = ("done", "over limit", "running", "failed", "interrupted", "pruned")
 """As they are shown."""
 OBJECTIVES: Final = (
     "ttt_bpb", "int6_bpb", "val_bpb", "final_ttt_bpb", "train_loss_nats", "total_bytes",

@@ -16,7 +16,7 @@ Theme = Literal["light", "dark", "paper"]
 SERIES_LIGHT: Final = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#666666")
 SERIES_DARK: Final = ("#56B4E9", "#E69F00", "#2BC59B", "#FF7F45", "#E48FC0", "#F0E442", "#B0B0B0")
 MAX_SERIES: Final = len(SERIES_LIGHT)
-SHAPES: Final = ("circle", "triangle-up", "diamond", "cross")
+SHAPES: Final = ("circle", "triangle-up", "diamond", "cross", "square", "triangle-down")
 """Shapes of statuses, in the order of `rows.STATUSES`."""
 
 SCREEN_FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif"
