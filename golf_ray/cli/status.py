@@ -172,4 +172,7 @@ def _print(look: Look) -> None:
         tell(clean(text))
     if look.state == "interrupted":
         left = number_of(look.sweep.num_trials - len(look.ended), "trial")
-        tell(f"{left} left; go on with: golf-ray sweep --resume {look.sweep.name}")
+        again = look.sweep.command("sweep --resume")
+        line = f"{left} left; go on with: {again}"
+        # A command that is broken over lines cannot be copied.
+        console.print(line if len(line) <= console.width else f"{left} left; go on with:\n{again}")

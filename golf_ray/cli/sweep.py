@@ -23,6 +23,7 @@ from golf_ray.cli.options import (
 from golf_ray.cli.output import count, duration, number_of, print_json, progress_bar
 from golf_ray.errors import UsageError
 from golf_ray.sweeps import DEFAULT_STORAGE
+from golf_ray.sweeps.commands import command
 
 if TYPE_CHECKING:
     from golf_ray.sweeps.plan import SweepPlan
@@ -305,9 +306,7 @@ def run(
             try:
                 return run_sweep(plan, resume=resume, tell=bar.say)
             except KeyboardInterrupt:
-                again = f"golf-ray sweep --resume {plan.name}"
-                if plan.storage != str(Path(DEFAULT_STORAGE).absolute()):
-                    again += f" --storage {plan.storage}"
+                again = command("sweep --resume", plan.name, plan.storage)
                 bar.say(f"interrupted; nothing that was finished is lost, go on with: {again}")
                 raise
 

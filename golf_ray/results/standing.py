@@ -24,6 +24,7 @@ from golf_ray.results.records import as_left, parse_record
 from golf_ray.results.schema import FINAL
 from golf_ray.results.sources import PLAN_FILE, STAGES, SWEEPS, TRIALS
 from golf_ray.sweeps.claims import claims_of_drivers
+from golf_ray.sweeps.commands import command
 from golf_ray.sweeps.finalists import ranked
 from golf_ray.sweeps.progress import describe
 from trainers.storage import Storage
@@ -49,6 +50,10 @@ class Sweep:
     num_finalists: int = 0
     max_gpu_hours: float | None = None
     max_hours: float | None = None
+
+    def command(self, words: str) -> str:
+        """A command on this sweep for people to copy, as `golf-ray sweep --resume nightly`."""
+        return command(words, self.name, _storage_of(self.folder).uri)
 
     @staticmethod
     def of_plan(plan: SweepPlan) -> Sweep:
@@ -77,7 +82,7 @@ class Sweep:
             return Sweep(
                 name=folder.name,
                 folder=folder,
-                stages=_stages_of(folder),
+                stages=_storage_of(folder).child(STAGES),
                 num_trials=int(plan["num_trials"]),
                 objectives=tuple(plan["objectives"]),
                 num_finalists=int(plan.get("finalists") or 0),
@@ -311,9 +316,9 @@ def _seconds(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
 
 
-def _stages_of(folder: Storage) -> Storage:
-    """Where stage outputs are, of a sweep's folder `STORAGE/sweeps/NAME`."""
+def _storage_of(folder: Storage) -> Storage:
+    """The storage, of a sweep's folder `STORAGE/sweeps/NAME`."""
     base, mark, query = folder.uri.partition("?") if "://" in folder.uri else (folder.uri, "", "")
     above = base.rpartition("/")[0]
     storage = above.removesuffix(f"/{SWEEPS}")
-    return Storage((storage or "/") + mark + query).child(STAGES)
+    return Storage((storage or "/") + mark + query)

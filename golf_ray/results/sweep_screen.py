@@ -48,7 +48,7 @@ def print_sweep(page: Page, account: SweepAccount) -> None:
         page.row(group.status.replace("_", " "), _failure(group), style)
     page.rows("claims", account.claims)
     if look.state == "interrupted":
-        page.row("go on", f"golf-ray sweep --resume {sweep.name}")
+        page.row("go on", sweep.command("sweep --resume"))
     page.row("place", summary["folder"])
 
 
@@ -99,7 +99,7 @@ def _print_best(page: Page, account: SweepAccount) -> None:
         scored = best.get("documents_scored")
         same = f"the same {scored:,} documents" if isinstance(scored, int) else "the same text"
         page.row("", f"selected: the lowest of {done} scores on {same}, so luck is in it. Fresh "
-                 f"seeds tell: golf-ray confirm {look.sweep.name}")  # fmt: skip
+                 f"seeds tell: {look.sweep.command('confirm')}")  # fmt: skip
     if best.get("final"):
         page.row("", measured(best))
     spark = sparkline(look.best_so_far(), min(40, page.room - 13), ascii_only=page.ascii_only)

@@ -18,6 +18,7 @@ from typing import Any
 
 from golf_ray.config import Config
 from golf_ray.errors import StorageError, UsageError, nearest
+from golf_ray.sweeps.commands import command
 from golf_ray.sweeps.pruning import require_prunable
 from golf_ray.sweeps.space import Space, stage_of
 from trainers.storage import Storage
@@ -178,9 +179,10 @@ class SweepPlan:
         """
         folder = self.folder
         if folder.exists(PLAN_FILE):
+            again = command("sweep --resume", self.name, self.storage)
             raise UsageError(
                 f"there is a sweep '{self.name}' in {self.storage}",
-                f"go on with it by 'golf-ray sweep --resume {self.name}', or choose another --name",
+                f"go on with it by '{again}', or choose another --name",
             )
         folder.write_bytes(PLAN_FILE, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 

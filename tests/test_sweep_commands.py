@@ -1,0 +1,31 @@
+"""Commands that people are told to go on with lead back to the sweep that they were told of."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from cli_runner import golf_ray
+from results_made import make_sweep
+
+from golf_ray.sweeps import DEFAULT_STORAGE
+from golf_ray.sweeps.commands import command
+
+
+@pytest.mark.parametrize("storage", [DEFAULT_STORAGE, "kept", "a folder/with blanks", "."])
+def test_what_status_tells_is_understood_where_it_was_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    make_sweep(tmp_path / storage, "nightly", num_trials=4, num_documents=0)
+    monkeypatch.chdir(tmp_path)
+    out = golf_ray("status", "nightly", "--storage", storage).out
+    told = shlex.split(out.partition("go on with:")[2])[1:]
+    assert told[:3] == ["sweep", "--resume", "nightly"]
+    assert ("--storage" in told) == (storage != DEFAULT_STORAGE)
+    assert golf_ray("show", "nightly", *told[3:]).out.startswith("nightly: sweep, interrupted")
+
+
+def test_no_key_of_a_storage_is_told() -> None:
+    told = command("confirm", "best of all", "s3://me:secret@bucket/golf?region=eu", "--top 1")
+    assert told == "golf-ray confirm 'best of all' --top 1 --storage s3://bucket/golf"
