@@ -64,7 +64,10 @@ def test_a_trial_that_fails_is_a_failure_with_its_reason(cluster: str, tmp_path:
     assert frame["trial"].tolist() == [1, 2, 3]
     assert frame["status"].tolist() == ["done", "done", "failed"]
     assert "the loss is not finite at step 2" in frame["reason"][2]
-    assert frame["trained"].tolist()[:2] == [True, False]
+    assert frame["trained"].tolist() == [True, False, True]
+    failed = frame.loc[2]
+    assert failed["train_s"] > 0.0, "what it cost is told of a failure, too"
+    assert [span["stage"] for span in read_records(plan.trials_folder)[2]["spans"]] == ["train"]
     assert frame["training"][0] == frame["training"][1] != frame["training"][2]
     assert frame["tokens_scored"].tolist()[:2] == [882, 882]
     assert frame["weights"].tolist()[:2] == ["int6", "int6"]

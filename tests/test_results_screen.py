@@ -23,7 +23,7 @@ from golf_ray.results.gathering import failures_of
 from golf_ray.results.page import broken
 from golf_ray.results.screen import loss_plot
 from golf_ray.results.settings import command_lines, differences, preset_of, settings_of
-from golf_ray.results.standing import Look, Sweep, SweepReader, covered_s, gpu_hours
+from golf_ray.results.standing import Look, Sweep, SweepReader, covered_s
 from golf_ray.results.sweep_screen import fitting_table
 from golf_ray.results.watching import SweepScreen
 from golf_ray.results.words import about, changes, summary_line, time_left
@@ -220,13 +220,6 @@ def test_time_left_counts_the_time_in_which_trials_ran(tmp_path: Path) -> None:
 def test_covered_time_is_that_of_the_union(spans: list[tuple[int, int]]) -> None:
     seconds = {s for began, long in spans for s in range(began, began + long)}
     assert covered_s([(began, began + long) for began, long in spans]) == len(seconds)
-
-
-def test_what_is_said_of_a_sweep_is_what_its_driver_says() -> None:
-    from golf_ray.sweeps import runner
-
-    records = [{"train_gpu_s": 3600.0, "evaluate_gpu_s": 1800.0}, {"train_gpu_s": None}, {}]
-    assert gpu_hours(records) == runner.used_gpu_hours(records) == 1.5
 
 
 def test_a_final_record_is_read_once_until_finalists_are_measured(

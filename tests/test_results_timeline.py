@@ -8,7 +8,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf_ray.results.timeline import Span, assign, stretches_of, timeline_of
+from golf_ray.results.timeline import Span, assign, gpu_hours, held_gpu_s, stretches_of, timeline_of
 
 SPANS = st.lists(
     st.builds(
@@ -36,6 +36,19 @@ def test_no_two_spans_overlap_in_a_lane_and_each_has_its_slots(spans: list[Span]
     for times in busy.values():
         times.sort()
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(times))
+
+
+def test_gpu_hours_are_what_was_held_whether_or_not_it_came_to_something() -> None:
+    def span(stage: str, seconds: float, gpus: float) -> dict[str, object]:
+        return {"stage": stage, "began_unix_s": 1e9, "ended_unix_s": 1e9 + seconds, "gpus": gpus}
+
+    failed = {"status": "failed", "spans": [span("train", 450.0, 8), span("train", 900.0, 8)]}
+    shared = {"status": "done", "spans": [], "train_gpu_s": 0.0, "evaluate_gpu_s": 0.0}
+    older = {"status": "done", "train_gpu_s": 3600.0, "evaluate_gpu_s": 1800.0}
+    small = {"status": "done", "spans": [span("quantize", 60.0, 0.5)], "evaluate_gpu_s": None}
+    assert gpu_hours([failed, shared, older, small, {}]) == 3.0 + 1.5 + 30 / 3600
+    assert held_gpu_s({"status": "running", "spans": []}) is None
+    assert held_gpu_s(shared) == 0.0 and held_gpu_s(small) == 30.0
 
 
 @given(SPANS)

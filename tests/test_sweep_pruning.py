@@ -48,7 +48,7 @@ def test_a_run_above_its_bar_is_ended_and_one_at_it_goes_on() -> None:
     bars = {20: 3.5}
     require_promise(bars, 20, 3.5)
     require_promise(bars, 30, 9.0)
-    with pytest.raises(TrainingPruned, match=r"step 20: 3\.6000 bpb.*3\.5000"):
+    with pytest.raises(TrainingPruned, match=r"3\.6000 bpb at step 20.*3\.5000"):
         require_promise(bars, 20, 3.6)
 
 
@@ -68,9 +68,9 @@ def test_bars_are_of_ended_trainings_alone(tmp_path: Path) -> None:
 
 
 def test_optuna_hears_that_it_was_pruned() -> None:
-    outcome = {"status": "pruned", "reason": "pruned at step 20", "values": {}, "constraints": {}}
+    outcome = {"status": "pruned", "reason": "too high at step 20", "values": {}, "constraints": {}}
     what = told(outcome, ["ttt_bpb"])
-    assert (what.state.name, what.values, what.reason) == ("PRUNED", None, "pruned at step 20")
+    assert (what.state.name, what.values, what.reason) == ("PRUNED", None, "too high at step 20")
 
 
 def test_who_asks_for_it_is_told_that_it_misleads() -> None:

@@ -157,6 +157,7 @@ def test_finalists_are_measured_and_not_predicted(tmp_path: Path) -> None:
     scored = stages.evaluate_stage(whole, place)
     store.finish("evaluate", key, scored)
     final = final_of(plan, record, store, CountingRooms())
+    assert [span["stage"] for span in record["spans"]][-2:] == ["evaluate", "compress"]
     artifact = tmp_path / "stages" / final["artifacts"][0]
     assert final["model_bytes"] == artifact.stat().st_size
     assert final["ttt_bpb"] == scored["val_bpb"] != record["ttt_bpb"]

@@ -49,7 +49,6 @@ def require_promise(bars: Mapping[int, float], step: int, val_bpb: float) -> Non
     bar = bars.get(step)
     if bar is not None and val_bpb > bar:
         raise TrainingPruned(
-            f"pruned at step {step}: {val_bpb:.4f} bpb, where ended trainings had {bar:.4f} at the "
-            "median",
+            f"{val_bpb:.4f} bpb at step {step}, where ended trainings had {bar:.4f} at the median",
             "leave --prune out to train it to its end",
         )

@@ -326,7 +326,7 @@ def trial_line(record: dict[str, Any], plan: SweepPlan) -> str:
     if record["status"] == "over_limit":
         return f"{name}: over the limit: {record['reason']}"
     if record["status"] == "pruned":
-        return f"{name}: {record['reason']}"
+        return f"{name}: pruned: {record['reason']}"
     if plan.checkpoints:
         how = "nothing trained"
     else:
@@ -343,7 +343,8 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
     """Print how a sweep ended: its table, or all of it as JSON."""
     import dataclasses
 
-    from golf_ray.sweeps.table import read_records, screen_table, trials_frame
+    from golf_ray.results.sweep_screen import fitting_table
+    from golf_ray.sweeps.table import read_records, trials_frame
 
     records = read_records(plan.trials_folder)
     frame = trials_frame(records, plan.name)
@@ -363,7 +364,10 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    console.print(screen_table(frame, plan.objectives[0]))
+    table, left_out = fitting_table(records, plan.objectives[0], console)
+    console.print(table)
+    if left_out:
+        console.print(f"no room for: {', '.join(left_out)}")
     made = "nothing was trained" if plan.checkpoints else number_of(trained, "training")
     ends = [f"{outcome.num_done} done"]
     ends += [f"{outcome.num_over_limit} over the limit"] * bool(outcome.num_over_limit)

@@ -133,17 +133,13 @@ def _summary(
         planned=planned if isinstance(planned, int) else None,
         counts=counts,
         trainings=int(frame["training"].nunique()),
-        gpu_hours=_gpu_hours(frame),
+        gpu_hours=float(frame["gpu_s"].fillna(0.0).sum()) / 3600,
         wasted_gpu_hours=sum(lost_gpu_hours(trials, records, frame[ended]).values()),
         wasted_hours=_wall_hours(frame[ended]),
         hours=None if pd.isna(began) or pd.isna(last) else max(0.0, float(last - began)) / 3600,
         best=best,
         why_no_best=f"no trial is done, within the limits, and has a score by {trials.label}",
     )
-
-
-def _gpu_hours(frame: pd.DataFrame) -> float:
-    return float(frame[["train_gpu_s", "evaluate_gpu_s"]].fillna(0.0).sum().sum()) / 3600
 
 
 def lost_gpu_hours(

@@ -22,6 +22,7 @@ from golf_ray.results.columns import knob_column, make_column
 from golf_ray.results.migration import Record
 from golf_ray.results.schema import DOCUMENTS, IDENTITY, MEASURES, types_of
 from golf_ray.results.sources import Found, Place
+from golf_ray.results.timeline import held_gpu_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -201,6 +202,8 @@ def measures_of(records: Sequence[Record], name: str) -> list[Any]:
     """The records' values for a column; None where one says none."""
     if name == "schema":
         return [record.get("schema_written") or record.get("schema") for record in records]
+    if name == "gpu_s":
+        return [held_gpu_s(record) for record in records]
     if name in _FINAL:
         name = _FINAL[name]
         return [(record.get("final") or {}).get(name) for record in records]

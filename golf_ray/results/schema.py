@@ -123,6 +123,7 @@ MEASURES: Final = (
     _number("wall_s", "the whole trial", 1),
     _number("train_gpu_s", "GPU-seconds of the training", 1),
     _number("evaluate_gpu_s", "GPU-seconds of test-time training", 1),
+    _number("gpu_s", "GPU-seconds that stages held, also failed ones and a finalist's", 1),
     _number("tokens_per_s", "speed of the training before looping", 0),
     _number("tokens_per_s_looping", "and with it", 0),
     _count("peak_memory_bytes", "of a training's worker"),

@@ -250,7 +250,7 @@ def _print_times(page: Page, run: RunAccount) -> None:
     ]  # fmt: skip
     if parts and "train_s" in run.row:
         page.row("" if known else "time", f"training: {', '.join(parts)}")
-    gpu_s = sum(run.row.get(name, 0.0) for name in ("train_gpu_s", "evaluate_gpu_s"))
+    gpu_s = run.row.get("gpu_s")
     if gpu_s:
         page.row("", f"{gpu_s / 3600:.3g} GPU-hours")
 

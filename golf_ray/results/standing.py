@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -23,6 +23,7 @@ from golf_ray.results.migration import Record
 from golf_ray.results.records import as_left, parse_record
 from golf_ray.results.schema import FINAL
 from golf_ray.results.sources import PLAN_FILE, STAGES, SWEEPS, TRIALS
+from golf_ray.results.timeline import gpu_hours
 from golf_ray.sweeps.claims import claims_of_drivers
 from golf_ray.sweeps.commands import command
 from golf_ray.sweeps.finalists import ranked
@@ -295,12 +296,6 @@ def scored(records: Sequence[Record], objective: str) -> list[Record]:
         and isinstance((r.get("values") or {}).get(objective), (int, float))
         and all(isinstance(v, (int, float)) for v in (r.get("constraints") or {}).values())
     ]
-
-
-def gpu_hours(records: Sequence[Mapping[str, Any]]) -> float:
-    """GPU-hours that finished stages of these records took."""
-    names = ("train_gpu_s", "evaluate_gpu_s")
-    return sum(_seconds(record.get(name)) for record in records for name in names) / 3600
 
 
 def covered_s(spans: Any) -> float:

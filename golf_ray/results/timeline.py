@@ -176,5 +176,21 @@ def gpu_seconds(spans: Iterable[Mapping[str, Any]]) -> float:
     )
 
 
+def held_gpu_s(record: Mapping[str, Any]) -> float | None:
+    """GPU-seconds that a record's stages held, those that failed and a finalist's too; None where
+    nothing is known of any."""
+    if record.get("spans"):
+        return gpu_seconds(record["spans"])
+    # Older records, and what is no trial, have sums alone.
+    told = [record.get(name) for name in ("train_gpu_s", "evaluate_gpu_s")]
+    known = [float(value) for value in told if isinstance(value, (int, float))]
+    return math.fsum(known) if known else None
+
+
+def gpu_hours(records: Iterable[Mapping[str, Any]]) -> float:
+    """GPU-hours that the stages of some records held."""
+    return math.fsum(held_gpu_s(record) or 0.0 for record in records) / 3600
+
+
 def _is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from golf_ray.config import Config
 from golf_ray.sweeps import keys
+from golf_ray.sweeps.spans import noted
 from golf_ray.sweeps.store import StageOutput, StageStore
 from golf_ray.sweeps.table import read_records
 from golf_ray.sweeps.trial import record_name
@@ -83,7 +84,7 @@ def final_of(
     )
     artifacts, sizes, scores, evaluations = [], [], [], []
     for name in record["codes"]:
-        made, scored = _of_codes(plan, whole, name, store, rooms)
+        made, scored = _of_codes(plan, whole, name, store, rooms, record["spans"])
         artifacts.append(f"{made.name}/{stages.ARTIFACT_FILE}")
         sizes.append(sizes_of(made.result["model_bytes"], whole))
         scores.append(scored.result["val_bpb"])
@@ -101,20 +102,30 @@ def final_of(
 
 
 def _of_codes(
-    plan: SweepPlan, config: Config, name: str, store: StageStore, rooms: Rooms
+    plan: SweepPlan,
+    config: Config,
+    name: str,
+    store: StageStore,
+    rooms: Rooms,
+    spans: list[dict[str, Any]],
 ) -> tuple[StageOutput, StageOutput]:
-    """Artifact and score of codes by the name of their folder."""
+    """Artifact and score of codes by the name of their folder; what they held goes into `spans`."""
     from golf_ray.sweeps import stages
 
     codes = store.root.child(name).uri_of(stages.CODES_FILE)
     fingerprint = name.rpartition("-")[2]
 
     def compress(folder: Storage) -> dict[str, Any]:
-        return rooms.light("compress", config=config, codes=codes, folder=folder.uri)
+        result: dict[str, Any] = {}
+        with noted(spans, "compress", config, rooms, result):
+            result.update(rooms.light("compress", config=config, codes=codes, folder=folder.uri))
+        return result
 
     def score(folder: Storage) -> dict[str, Any]:
-        with rooms.pool(config) as watch:
-            return stages.evaluate_on_pool(config, codes, folder, **watch)
+        result: dict[str, Any] = {}
+        with noted(spans, "evaluate", config, rooms, result), rooms.pool(config) as watch:
+            result.update(stages.evaluate_on_pool(config, codes, folder, **watch))
+        return result
 
     documents = keys.documents_of(config, plan.data)
     return (

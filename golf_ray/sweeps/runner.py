@@ -25,6 +25,7 @@ from typing import Any
 from golf_ray.errors import StorageError, UsageError
 from golf_ray.records import make_folder
 from golf_ray.results.schema import FINAL
+from golf_ray.results.timeline import gpu_hours
 from golf_ray.sweeps import finalists
 from golf_ray.sweeps.broker import BrokerClient, broker_of
 from golf_ray.sweeps.claims import claims_of_drivers
@@ -311,13 +312,7 @@ class _Budget:
         if plan.max_gpu_hours is None:
             return True
         records = read_records(plan.trials_folder)
-        return used_gpu_hours(records) < plan.max_gpu_hours
-
-
-def used_gpu_hours(records: list[dict[str, Any]]) -> float:
-    """GPU-hours that finished stages of these records took."""
-    names = ("train_gpu_s", "evaluate_gpu_s")
-    return sum(record.get(name) or 0.0 for record in records for name in names) / 3600
+        return gpu_hours(records) < plan.max_gpu_hours
 
 
 def _fit(plan: SweepPlan, search: Any, broker: Any, missing: int) -> None:

@@ -11,12 +11,11 @@ stages.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +25,13 @@ from golf_ray.errors import GolfRayError, TrainingPruned
 from golf_ray.provenance import provenance
 from golf_ray.results.records import parse_record
 from golf_ray.results.schema import SCHEMA
+from golf_ray.results.timeline import gpu_seconds
 from golf_ray.sweeps import keys
 from golf_ray.sweeps.rooms import Rooms
 from golf_ray.sweeps.space import stage_of
+from golf_ray.sweeps.spans import noted
 from golf_ray.sweeps.store import StageOutput, StageStore
-from trainers.storage import Storage
+from trainers.storage import Storage, parse_lines
 
 SURE = 0.01
 """A size that is predicted is trusted to be over the limit where it is so by this part."""
@@ -160,7 +161,8 @@ def run_trial(spec: TrialSpec, store: StageStore, records: Storage, rooms: Rooms
         status, reason = "pruned", error.problem
     except Exception as error:
         status, reason = "failed", reason_of(error)
-    if status in ("done", "over_limit"):
+    if status != "failed":
+        # What an unforeseen error broke off has stages without a time.
         trial.account()
     record.update(
         status=status,
@@ -211,7 +213,7 @@ class _Trial:
         return "done", None
 
     def account(self) -> None:
-        """Where the trial's time went that no stage took, of a trial that came to its end."""
+        """Where the trial's time went that no stage took."""
         wall_s = time.monotonic() - self.began_s
         data = self.record.data
         staged_s = sum(data.get(f"{stage}_s") or 0.0 for stage in ("train", "quantize", "evaluate"))
@@ -257,7 +259,12 @@ class _Trial:
             with self.rooms.training(config) as placed:
                 return stages.train_stage(config, folder, placed, self._bars(config))
 
-        output, mine = self._obtain("train", key, compute)
+        num_before = len(self.record.data["spans"])
+        try:
+            output, mine = self._obtain("train", key, compute)
+        except GolfRayError:
+            self._tell_failed_training(self.record.data["spans"][num_before:])
+            raise
         found = output.result
         self.record.phases(**{name: found[f"{name}_s"] for name in ("start", "compile", "elapsed")})
         self.record.update(
@@ -281,6 +288,23 @@ class _Trial:
             **{f"{name}_s": found[f"{name}_s"] for name in ("start", "compile", "elapsed")},
         )
         return stages.final_model(output.storage), output.fingerprint
+
+    def _tell_failed_training(self, spans: Sequence[Mapping[str, Any]]) -> None:
+        """What a training came to and cost that did not come to its end.
+
+        Args:
+            spans: none where somebody else made it.
+        """
+        folder = self.store.root.child(self.record.data["training"]).child("run")
+        intervals = parse_lines(folder.read_bytes("intervals.jsonl") or b"")
+        last = intervals[-1] if intervals else {}
+        self.record.data.update(
+            trained=bool(spans),
+            train_s=math.fsum(s["ended_unix_s"] - s["began_unix_s"] for s in spans),
+            train_gpu_s=gpu_seconds(spans),
+            steps=last.get("step"),
+            **{name: last.get(name) for name in ("tokens", "train_loss_nats", "elapsed_s")},
+        )
 
     def _bars(self, config: Config) -> dict[int, float]:
         """The bpb on the way above which the training is ended; none where nothing is pruned."""
@@ -404,7 +428,8 @@ class _Trial:
             nonlocal worked_s
             started_s = time.monotonic()
             result: dict[str, Any] = {}
-            with self._span(stage, result):
+            spans = self.record.data["spans"]
+            with noted(spans, stage, self.spec.config, self.rooms, result):
                 try:
                     result.update(compute(folder))
                 finally:
@@ -418,32 +443,6 @@ class _Trial:
             self.record.phases(shared_wait=time.monotonic() - began_s)
         self.record.data.pop("waits_for", None)
         return output, output.made_by == self.store.who
-
-    @contextlib.contextmanager
-    def _span(self, stage: keys.Stage, result: Mapping[str, Any]) -> Iterator[None]:
-        """Note which GPUs a stage held and from when to when, also of one that fails.
-
-        Args:
-            result: the stage's, once the block has ended.
-        """
-        began_unix_s, waited_s = time.time(), self.rooms.waited_s
-        cluster = self.spec.base.cluster
-        workers = {"train": cluster.num_workers, "evaluate": 1}
-        if stage == "evaluate" and self.spec.config.adaptation.sample_documents is None:
-            workers["evaluate"] = cluster.eval_actors
-        try:
-            yield
-        finally:
-            self.record.data["spans"].append(
-                {
-                    "stage": stage,
-                    # It holds none while it waits for them.
-                    "began_unix_s": began_unix_s + self.rooms.waited_s - waited_s,
-                    "ended_unix_s": time.time(),
-                    "gpus": workers.get(stage, 1) * cluster.gpus_per_worker,
-                    "host": result.get("host"),
-                }
-            )
 
     def _add(self, name: str, seconds: float) -> None:
         self.record.data[name] = self.record.data.get(name, 0.0) + seconds
