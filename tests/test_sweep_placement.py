@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from golf_ray.resources import Node, fits
-from golf_ray.sweeps.placement import Decision, Request, Worker, decide
+from golf_ray.resources import Bundle, Node, fits
+from golf_ray.sweeps.placement import Decision, Request, Worker, decide, fits_beside
 
 GPU = {"CPU": 1.0, "GPU": 1.0}
 
@@ -45,9 +45,67 @@ def test_light_work_goes_on_while_a_training_waits_for_another() -> None:
     assert decide([training(1), light(2), light(3), light(4)], free, [], GPU) == Decision(start=2)
 
 
-def test_nothing_is_granted_while_a_grant_is_on_its_way() -> None:
-    assert decide([training(1), light(2)], [node("a", 8)], [], GPU, placing=True) == Decision()
+def test_trainings_start_side_by_side_where_there_is_room_for_all() -> None:
+    whole = [node(name, 8) for name in "abc"]
+    first, second, third, fourth = (training(n) for n in range(1, 5))
+    assert decide([second, fourth], whole, [], GPU, pending=[first]).grant == 2
+    assert decide([third, fourth], whole, [], GPU, pending=[first, second]).grant == 3
+    none = decide([fourth, light(5)], whole, [], GPU, pending=[first, second, third])
+    assert none == Decision(), "no light work before the fourth, which may fit in a moment"
+    # The first has its node by now, and the other two may be on their way to the same two.
+    seen = [node("a", 0), node("b", 8), node("c", 8)]
+    assert decide([third], seen, [], GPU, pending=[first, second]) == Decision()
+    assert decide([third], seen, [], GPU, pending=[second]).grant == 3
+
+
+def test_light_work_begins_beside_a_training_that_is_on_its_way() -> None:
+    free = [node("a", 8), node("b", 2)]
+    assert decide([light(1), light(2), light(3)], free, [], GPU, pending=[training(9)]).start == 2
+
+
+def test_nothing_is_granted_while_a_worker_or_what_would_be_in_the_way_starts() -> None:
     assert decide([training(1)], [node("a", 8)], [], GPU, starting=1) == Decision()
+    found = decide([training(1), light(2)], [node("a", 8)], [], GPU, pending=[training(9)])
+    assert found == Decision()
+
+
+@given(st.data())
+def test_what_is_granted_fits_wherever_the_others_go(data: st.DataObject) -> None:
+    sizes = st.integers(0, 8)
+    nodes = [node(f"n{i}", n) for i, n in enumerate(data.draw(st.lists(sizes, max_size=5)))]
+
+    def request(number: int) -> Request:
+        gpus = data.draw(st.sampled_from([0.5, 1.0, 2.0]))
+        return Request(
+            number=number,
+            kind="training",
+            bundles=({"CPU": gpus, "GPU": gpus},) * data.draw(st.integers(1, 6)),
+            placement=data.draw(st.sampled_from(["PACK", "STRICT_PACK", "SPREAD"])),
+        )
+
+    pending = [request(i) for i in range(data.draw(st.integers(0, 3)))]
+    wanted = request(9)
+    if not fits_beside(nodes, wanted.bundles, wanted.placement, pending):
+        return
+    left = {n.node_id: dict(n.resources) for n in nodes}
+
+    def take(bundles: tuple[Bundle, ...], place: str) -> bool:
+        if not fits([Node(node_id=place, host=place, resources=left[place])], bundles, "PACK"):
+            return False
+        for bundle in bundles:
+            for name, amount in bundle.items():
+                left[place][name] -= amount
+        return True
+
+    for other in pending:
+        together = other.placement == "STRICT_PACK"
+        for bundles in [other.bundles] if together else [(b,) for b in other.bundles]:
+            # Ray puts it anywhere; what fits nowhere waits and takes nothing.
+            for place in data.draw(st.permutations(sorted(left))):
+                if take(bundles, place):
+                    break
+    now = [Node(node_id=name, host=name, resources=free) for name, free in left.items()]
+    assert fits(now, wanted.bundles, wanted.placement)
 
 
 def test_warm_workers_are_handed_on() -> None:

@@ -24,7 +24,8 @@ from trainers.storage import LineFile, Storage, parse_lines
 EVENTS_FILE = "events.jsonl"
 
 Message = dict[str, Any]
-Phase = Literal["starting", "training", "restarting"]
+Phase = Literal["starting", "preparing", "training", "restarting"]
+"""Workers are asked for; they are there, and compile; they train; some were lost."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +117,10 @@ class RunRecord:
             self.intervals.append(message["record"])
             return
         self.events.append(message)
-        if kind == "began":
+        if kind == "workers" and self._phase == "starting":
+            self._phase = "preparing"
+            self._tell(None)
+        elif kind == "began":
             self._began(message)
         elif kind == "stuck":
             self._stuck.append(message)

@@ -151,7 +151,7 @@ class Broker:
         if not self._waiting:
             return
         settled = time.monotonic() - self._changed_s > SETTLE_S
-        placing = any(not lease.placed for lease in self._leases.values())
+        pending = [lease.request for lease in self._leases.values() if not lease.placed]
         requests = [w.request for w in self._waiting.values()]
         # A worker that is idle can be handed on at once; what was freed shows a little later.
         free = _free_nodes() if settled else ()
@@ -161,7 +161,7 @@ class Broker:
             [Worker(number=n, node_id=w.node_id, busy=w.busy) for n, w in self._workers.items()],
             self._unit,
             starting=self._starting,
-            placing=placing,
+            pending=pending,
         )
         if decision.grant is not None:
             self._grant(decision.grant, None)

@@ -69,7 +69,8 @@ class ClusterRooms:
         with self._broker.room("training", bundles, placement) as granted:
 
             def progress(event: ProgressEvent) -> None:
-                if event.phase == "training":
+                # From then on its workers are there; compiling may take minutes.
+                if event.phase in ("preparing", "training"):
                     granted.placed()
                 if self._on_training is not None:
                     self._on_training(event)
