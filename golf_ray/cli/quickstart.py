@@ -84,6 +84,7 @@ def _document(done: Quickstart, wall_s: float) -> dict[str, Any]:
 def _print(done: Quickstart, wall_s: float) -> None:
     from rich.console import Console
 
+    from golf_ray.sweeps.commands import command
     from golf_ray.sweeps.table import screen_table
 
     console = Console(highlight=False, soft_wrap=True)
@@ -104,3 +105,5 @@ def _print(done: Quickstart, wall_s: float) -> None:
         ("data", "shards and tokenizer"),
     ):
         console.print(f"  {place:<34}{what}")
+    for verb, what in (("report", "pictures in one file"), ("show", "what can be said of it")):
+        console.print(f"{what}: {command(verb, done.plan.name, done.plan.storage)}")
