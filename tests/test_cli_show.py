@@ -17,7 +17,7 @@ import pytest
 from cli_runner import golf_ray, golf_ray_process, subprocess_environment
 from results_made import Made, make_ledger, make_log, make_run, make_sweep
 
-from golf_ray.sweeps.claims import DRIVER, Claims
+from trainers.claims import DRIVER, Claims
 from trainers.storage import Storage
 
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")

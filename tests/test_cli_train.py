@@ -16,6 +16,7 @@ from cli_runner import TINY, golf_ray, subprocess_environment
 
 from golf_ray.model.checkpoint import read_state
 from golf_ray.presets import TINY as TINY_PRESET
+from golf_ray.results.reading import load_results
 
 STEPS = 8
 TOKENS = 512
@@ -92,11 +93,19 @@ def test_killed_and_resumed_ends_with_the_same_bits(
                                stdout=subprocess.DEVNULL)  # fmt: skip
     try:
         wait_for_step(run, after_step, process)
-        os.kill(process.pid, signal.SIGKILL)
+        # It stands still, and is there all the same.
+        os.kill(process.pid, signal.SIGSTOP)
+        second = golf_ray("train", "--run-dir", run, "--resume", "--in-process")
+        assert second.status == 2 and f"(process {process.pid}) at this moment" in second.error
+        assert load_results(run).trials["status"].tolist() == ["running"]
     finally:
         process.kill()
         process.wait()
     assert not (run / "final_model.pt").exists()
+    row = load_results(run).trials.iloc[0]
+    assert row["status"] == "interrupted" and "resume" in row["reason"]
+    shown = golf_ray("show", run).out
+    assert f"golf-ray train --resume --run-dir {run}" in " ".join(shown.split())
     done = golf_ray("train", "--run-dir", run, "--resume", "--in-process", "--json")
     assert done.status == 0, done.err
     assert 0 < done.json["resumed_from_step"] <= STEPS - 2

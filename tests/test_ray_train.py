@@ -115,8 +115,9 @@ def test_a_run_leaves_what_it_should(cluster: str, undisturbed: Run) -> None:
 
 
 def test_progress_has_loss_speed_and_time_left(undisturbed: Run) -> None:
-    seen = undisturbed.progress
-    assert all(event.num_steps == STEPS for event in seen)
+    first, *seen = undisturbed.progress
+    assert (first.phase, first.step, first.num_steps) == ("preparing", 0, 0)
+    assert all((event.phase, event.num_steps) == ("training", STEPS) for event in seen)
     assert [e.step for e in seen] == sorted(e.step for e in seen)
     with_loss = [e for e in seen if not math.isnan(e.loss_nats)]
     assert with_loss and all(4 < e.loss_nats < 7 and e.tokens_per_s > 0 for e in with_loss)

@@ -28,7 +28,7 @@ from golf_ray.results.columns import NON_FINITE, make_column
 from golf_ray.results.reading import load_results, trials_frame, with_config_columns
 from golf_ray.results.records import as_left, read_records
 from golf_ray.results.schema import DOCUMENTS, IDENTITY, INTERVALS, MEASURES, SCHEMA, types_of
-from golf_ray.sweeps.claims import DRIVER, Claims
+from trainers.claims import DRIVER, Claims
 from trainers.local import train_in_process
 from trainers.storage import Storage
 from trainers.validation import PackedValidation

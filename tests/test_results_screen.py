@@ -27,7 +27,7 @@ from golf_ray.results.standing import Look, Sweep, SweepReader, covered_s
 from golf_ray.results.sweep_screen import fitting_table
 from golf_ray.results.watching import SweepScreen
 from golf_ray.results.words import about, changes, summary_line, time_left
-from golf_ray.sweeps.claims import DRIVER, Claims
+from trainers.claims import DRIVER, Claims
 from trainers.storage import Storage
 
 numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from golf_ray.errors import TrainingFailed
-from golf_ray.sweeps import claims as claims_module
-from golf_ray.sweeps.claims import Claims
 from golf_ray.sweeps.store import DONE_FILE, StageFailed, StageStore
+from trainers import claims as claims_module
+from trainers.claims import Claims
 from trainers.storage import Storage
 
 KEY = {"config": {"a": 1.5, "b": None}, "version": 1}

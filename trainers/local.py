@@ -34,9 +34,11 @@ from golf_ray.records import (
     read_jsonl,
     storage_error,
 )
+from trainers.claims import driving
 from trainers.loop import TrainingResult, TrainingRun, Validate
 from trainers.reporting import Interval, Reporter, WriteFolder
 from trainers.state import CONFIG_FILE, FINAL_FILE, differing_fields
+from trainers.storage import Storage
 
 INTERVALS_FILE = "intervals.jsonl"
 RESULT_FILE = "result.json"
@@ -229,7 +231,8 @@ def train_in_process(
         resume: go on from the newest checkpoint, or from the beginning where there is none.
 
     Raises:
-        UsageError: the folder is in use, or with `resume` is not there.
+        UsageError: the folder is in use, or with `resume` is not there; or somebody runs it at
+            this moment.
         CheckpointError: the run was begun under another configuration.
         TrainingFailed: a loss is not finite.
         StorageError: the folder cannot be written or has no space left.
@@ -243,13 +246,14 @@ def train_in_process(
     reporter = LocalReporter(run_dir, on_step=on_step, on_interval=on_interval)
     world = World(device=device or torch.device("cpu"))
     with TrainingRun(config, shards, world=world, reporter=reporter, validate=validate) as run:
-        if resume and (found := checkpoints(run_dir)):
-            run.resume(found[-1])
         if not resume:
             # Only now: data that cannot be used leaves no run behind.
             make_folder(run_dir)
             atomic_write_text(run_dir / CONFIG_FILE, config.to_json())
-        result = run.run()
+        with driving(Storage(run_dir), f"the run in {run_dir}"):
+            if resume and (found := checkpoints(run_dir)):
+                run.resume(found[-1])
+            result = run.run()
     atomic_write_json(run_dir / RESULT_FILE, dataclasses.asdict(result))
     return result
 

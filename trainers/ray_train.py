@@ -52,6 +52,7 @@ from golf_ray.errors import (
     UsageError,
 )
 from golf_ray.model.arrays import arrays_of
+from trainers.claims import driving
 from trainers.local import CHECKPOINTS, KEEP, RESULT_FILE, checkpoint_name
 from trainers.loop import TrainingResult
 from trainers.ray_channel import Channel
@@ -78,6 +79,7 @@ def train_on_ray(
     resume: bool = False,
     initial: Mapping[str, Tensor] | None = None,
     bars: Mapping[int, float] | None = None,
+    claimed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> TrainingOutcome:
     """Train on the connected cluster with the workers that `config.cluster` asks for.
@@ -89,10 +91,12 @@ def train_on_ray(
         resume: go on from the newest checkpoint, or from the beginning where there is none.
         initial: weights to begin with in place of the seed's.
         bars: validation bpb by step, above which the run is ended.
+        claimed: the caller sees to it that nobody else runs it.
         on_progress: told some times a second.
 
     Raises:
-        UsageError: the folder is in use, or with `resume` is not there.
+        UsageError: the folder is in use, or with `resume` is not there; or somebody runs it at
+            this moment.
         CheckpointError: the run was begun under another configuration.
         TrainingPruned: the run was above a bar.
         TrainingFailed: the training cannot end: a loss is not finite, or workers fail again and
@@ -106,21 +110,33 @@ def train_on_ray(
         shards = find_shards(config.data, config.model.vocab_size, "train")
     storage = Storage(run_dir)
     if resume:
-        ended = _resume_run(storage, config)
+        ended = _ended_run(storage, config)
         if ended is not None:
             return ended
     else:
         _begin_run(storage, config)
-    record = RunRecord(storage, on_progress)
-    record.event("run", resumed=resume, num_workers=config.cluster.num_workers)
-    job = _job(config, storage, shards, initial, bars or {})
-    try:
-        returned = _Fit(config, job, record).run()
-    except BaseException as error:
-        record.event("run_ended", error=str(error) or type(error).__name__)
-        record.close()
-        raise
-    return _finish(storage, config, job, record, TrainingResult(**returned), began_s)
+    with contextlib.ExitStack() as stack:
+        if not claimed:
+            tell = RunRecord(storage, on_progress).say
+            stack.enter_context(driving(storage, f"the run in {shown(storage.uri)}", tell))
+        if resume:
+            # Another may have ended it while it was waited for.
+            ended = _ended_run(storage, config)
+            if ended is not None:
+                return ended
+            # Ray's own account of checkpoints may be behind, and refuses to load where one is
+            # missing.
+            storage.child(CHECKPOINTS).remove(SNAPSHOT)
+        record = RunRecord(storage, on_progress)
+        record.event("run", resumed=resume, num_workers=config.cluster.num_workers)
+        job = _job(config, storage, shards, initial, bars or {})
+        try:
+            returned = _Fit(config, job, record).run()
+        except BaseException as error:
+            record.event("run_ended", error=str(error) or type(error).__name__)
+            record.close()
+            raise
+        return _finish(storage, config, job, record, TrainingResult(**returned), began_s)
 
 
 # The run's folder -------------------------------------------------------------------------------
@@ -139,8 +155,8 @@ def _begin_run(storage: Storage, config: Config) -> None:
     storage.write_bytes(CONFIG_FILE, config.to_json().encode())
 
 
-def _resume_run(storage: Storage, config: Config) -> TrainingOutcome | None:
-    """Prepare a run that is there for going on; its outcome where it has ended already."""
+def _ended_run(storage: Storage, config: Config) -> TrainingOutcome | None:
+    """See that a run is there to go on with; its outcome where it has ended already."""
     data = storage.read_bytes(CONFIG_FILE)
     if data is None:
         raise UsageError(
@@ -155,11 +171,7 @@ def _resume_run(storage: Storage, config: Config) -> TrainingOutcome | None:
             "resume it under its own configuration, or begin a new run",
         )
     outcome = storage.read_bytes(OUTCOME_FILE)
-    if outcome is not None:
-        return TrainingOutcome.from_dict(json.loads(outcome))
-    # Ray's own account of checkpoints may be behind, and refuses to load where one is missing.
-    storage.child(CHECKPOINTS).remove(SNAPSHOT)
-    return None
+    return None if outcome is None else TrainingOutcome.from_dict(json.loads(outcome))
 
 
 def _finish(

@@ -153,6 +153,10 @@ class RunRecord:
         """Why the last attempt failed, where it is known to have."""
         return None if self._failure is None else self.reason(self._failure)
 
+    def say(self, line: str) -> None:
+        """Tell the caller of something worth a line."""
+        self._tell(None, line)
+
     def tell_nobody(self) -> None:
         """Keep records only, from now on: the caller is about to leave."""
         self._on_progress = None

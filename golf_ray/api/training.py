@@ -56,6 +56,7 @@ def train(
     in_process: bool = False,
     address: str | None = None,
     bars: Mapping[int, float] | None = None,
+    claimed: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Training:
     """Train a model on Ray workers, or in this process.
@@ -66,6 +67,7 @@ def train(
         in_process: train here as one rank, without Ray.
         address: of a running Ray cluster to join; None starts a local one that ends with this.
         bars: on Ray, validation bpb by step, above which the run is ended.
+        claimed: the caller sees to it that nobody else runs it.
         on_progress: told some times a second.
 
     Raises:
@@ -91,7 +93,13 @@ def train(
         needs_flash=config.attention.backend == "fa3",
     ):
         outcome = train_on_ray(
-            config, run_dir, shards=shards, resume=resume, bars=bars, on_progress=on_progress
+            config,
+            run_dir,
+            shards=shards,
+            resume=resume,
+            bars=bars,
+            claimed=claimed,
+            on_progress=on_progress,
         )
     return Training(
         run_dir=str(run_dir),

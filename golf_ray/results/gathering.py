@@ -24,7 +24,7 @@ from golf_ray.results.accounts import (
     RunAccount,
     SweepAccount,
 )
-from golf_ray.results.schema import FINAL
+from golf_ray.results.schema import FINAL, NOT_FINAL
 from golf_ray.results.settings import differences, preset_of, settings_of
 from golf_ray.results.sources import SWEEPS, Place, find_places
 from trainers.storage import Storage, parse_lines, shown
@@ -129,7 +129,7 @@ def _run(place: Place, number: int | None) -> RunAccount:
         differences=differences(record["config"], record["knobs"]),
         intervals=_curve(results, record, number),
         events=_events(run),
-        last_written_unix_s=None if row.get("status") != "running" else _last_written(run),
+        last_written_unix_s=_last_written(run) if row.get("status") in NOT_FINAL else None,
         problems=results.problems,
     )
 

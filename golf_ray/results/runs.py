@@ -1,18 +1,19 @@
 """A run folder of `golf-ray train` as a record of results.
 
-Invariant: what the folder does not say is missing; a run without a result is running, or failed
-where its last event says so.
+Invariant: what the folder does not say is missing; a run without a result is running, or what its
+last event says, or interrupted where who ran it is seen to be gone.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from golf_ray import fingerprint
 from golf_ray.results.migration import Record
 from golf_ray.results.schema import SCHEMA
+from trainers.claims import claims_of_drivers
 from trainers.storage import Storage, parse_lines
 
 CONFIG_FILE = "config.json"
@@ -21,11 +22,16 @@ RESULT_FILES = ("outcome.json", "result.json")
 EVENTS_FILE = "events.jsonl"
 INTERVALS_FILE = "intervals.jsonl"
 
+LEFT: Final = "nobody runs it any more: resume it"
+"""Why a run was interrupted whose driver could not say so."""
+
 OnProblem = Callable[[str], None]
 
 
 def read_run(storage: Storage, on_problem: OnProblem) -> Record | None:
     """The record of a run folder; None where its configuration cannot be read."""
+    # Asked first: who is gone by now has written all that he ever will.
+    left = claims_of_drivers(storage, "a reader").is_left()
     config = _json(storage, CONFIG_FILE, on_problem)
     if config is None or not isinstance(config.get("train"), dict):
         if config is not None:
@@ -55,6 +61,8 @@ def read_run(storage: Storage, on_problem: OnProblem) -> Record | None:
         record.update({name: last.get(name) for name in names}, steps=last.get("step"))
     if ended is None or ended.get("val_bpb") is None:
         record["val_bpb"] = last.get("val_bpb")
+    if left and record["status"] == "running":
+        record.update(status="interrupted", reason=LEFT)
     record.update(val_tokens_scored=last.get("val_tokens"), val_bytes_scored=last.get("val_bytes"))
     return record
 
@@ -73,7 +81,9 @@ def _take_events(record: Record, events: list[Any]) -> None:
     if events and events[-1].get("kind") == "run_ended":
         record["ended_unix_s"] = times[-1] if times else None
         error = events[-1].get("error")
-        if error is not None:
+        if error == KeyboardInterrupt.__name__:
+            record.update(status="interrupted", reason="it was stopped by hand: resume it")
+        elif error is not None:
             record.update(status="failed", reason=" ".join(str(error).split()))
 
 

@@ -7,12 +7,14 @@ Invariant: a score is said with what it is of, and with which weights.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from golf_ray.results.drawing import bar, curve, sparkline
 from golf_ray.results.page import Page
+from golf_ray.results.schema import NOT_FINAL
 from golf_ray.results.settings import setting_text
 from golf_ray.results.sweep_screen import print_sweep
 from golf_ray.results.words import about
@@ -89,12 +91,14 @@ def _status(run: RunAccount) -> list[str]:
     if "began_unix_s" in row:
         ended = f", ended {_when(row['ended_unix_s'])}" if "ended_unix_s" in row else ""
         lines.append(f"began {_when(row['began_unix_s'])}{ended}")
-    if run.status == "running" and run.last_written_unix_s is not None:
+    again = f"golf-ray train --resume --run-dir {shlex.quote(run.place)}"
+    if run.status in NOT_FINAL and run.last_written_unix_s is not None:
         quiet_s = max(0.0, time.time() - run.last_written_unix_s)
         lines.append(f"last written {about(quiet_s)} ago")
-        if quiet_s > QUIET_S and run.kind == "run":
-            lines.append("if it was killed, go on with:")
-            lines.append(f"golf-ray train --resume --run-dir {run.place}")
+        if run.status == "running" and quiet_s > QUIET_S and run.kind == "run":
+            lines += ["if it was killed, go on with:", again]
+    if run.status == "interrupted" and run.kind == "run":
+        lines += ["go on with:", again]
     return lines
 
 

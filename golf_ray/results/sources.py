@@ -18,7 +18,7 @@ from golf_ray.errors import StorageError, UsageError
 from golf_ray.results.curves import Curve
 from golf_ray.results.migration import Record
 from golf_ray.results.records import as_left, read_trials
-from golf_ray.sweeps.claims import claims_of_drivers
+from trainers.claims import claims_of_drivers
 from trainers.storage import Storage, shown
 
 Kind = Literal["trial", "run", "public", "ledger"]

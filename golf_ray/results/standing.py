@@ -24,10 +24,10 @@ from golf_ray.results.records import as_left, parse_record
 from golf_ray.results.schema import FINAL
 from golf_ray.results.sources import PLAN_FILE, STAGES, SWEEPS, TRIALS
 from golf_ray.results.timeline import gpu_hours
-from golf_ray.sweeps.claims import claims_of_drivers
 from golf_ray.sweeps.commands import command
 from golf_ray.sweeps.finalists import ranked
 from golf_ray.sweeps.progress import describe
+from trainers.claims import claims_of_drivers
 from trainers.storage import Storage
 
 if TYPE_CHECKING:

@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from golf_ray.errors import StorageError, UsageError
+from golf_ray.errors import StorageError
 from golf_ray.records import make_folder
 from golf_ray.results.schema import FINAL
 from golf_ray.results.timeline import gpu_hours
 from golf_ray.sweeps import finalists
 from golf_ray.sweeps.broker import BrokerClient, broker_of
-from golf_ray.sweeps.claims import claims_of_drivers
 from golf_ray.sweeps.plan import SweepPlan
 from golf_ray.sweeps.points import PointsSearch
 from golf_ray.sweeps.rooms import ClusterRooms
@@ -43,6 +42,7 @@ from golf_ray.sweeps.trial import (
     record_name,
     run_trial,
 )
+from trainers.claims import driving
 
 # A trial that holds a whole CPU deadlocks clusters that its training needs for itself; 0 is
 # refused.
@@ -51,7 +51,6 @@ TRIAL_RESTARTS = 2
 """Times that a trial whose process is lost is run again."""
 MOST_CONCURRENT = 32
 DATABASE = "optuna.db"
-DRIVER_POLL_S = 1.0
 
 Tell = Callable[[str], None]
 
@@ -87,7 +86,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, tell: Tell | None = None
     tell = tell or (lambda line: None)
     if not resume:
         plan.write()
-    with _driving(plan), contextlib.ExitStack() as stack:
+    with driving(plan.folder, f"sweep '{plan.name}'", tell), contextlib.ExitStack() as stack:
         _require_room(plan)
         broker = stack.enter_context(broker_of(_unit(plan)))
         budget = _Budget(plan, began_s)
@@ -238,22 +237,6 @@ def local_cluster(plan: SweepPlan) -> Iterator[None]:
 
 
 # Driving ----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _driving(plan: SweepPlan) -> Iterator[None]:
-    """Be the only one who runs this sweep."""
-    claims = claims_of_drivers(plan.folder, f"the driver of {plan.name}")
-    while (claim := claims.take()) is None:
-        # A driver that was killed on another host looks alive until it is seen not to beat.
-        if claims.is_sure:
-            raise UsageError(
-                f"sweep '{plan.name}' is run by {claims.holder} at this moment",
-                "wait for it, or stop it first",
-            )
-        time.sleep(DRIVER_POLL_S)
-    with claim:
-        yield
 
 
 @contextlib.contextmanager

@@ -57,7 +57,10 @@ def train_stage(
     """
     run = folder.child(RUN)
     resume = run.exists("config.json")
-    done = api.train(config, run_dir=run.uri, resume=resume, bars=bars, on_progress=on_progress)
+    # Whoever makes a stage holds a claim on it.
+    done = api.train(
+        config, run_dir=run.uri, resume=resume, bars=bars, claimed=True, on_progress=on_progress
+    )
     assert done.outcome is not None
     return {
         "wall_s": done.outcome.wall_s,

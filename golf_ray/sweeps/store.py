@@ -23,8 +23,8 @@ import golf_ray
 from golf_ray import fingerprint
 from golf_ray.errors import GolfRayError, StorageError, TrainingPruned
 from golf_ray.records import atomic_path, make_folder
-from golf_ray.sweeps.claims import Claims
 from golf_ray.sweeps.keys import Stage
+from trainers.claims import Claims
 from trainers.storage import Storage
 
 DONE_FILE = "stage.json"

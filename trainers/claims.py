@@ -22,15 +22,19 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
-from golf_ray.errors import StorageError
+from golf_ray.errors import StorageError, UsageError
 from trainers.storage import Storage
 
 BEAT_S = 5.0
+POLL_S = 1.0
 DRIVER = "driver"
-"""Folder of a sweep in which who runs it has a claim."""
+"""Folder of a run or a sweep in which who runs it has a claim."""
+
+Tell = Callable[[str], None]
 STALE_S = 60.0
 """A holder's process may be stopped, or its storage slow, for so long."""
 
@@ -67,11 +71,6 @@ class Claim:
             # A beat that fails is made good by the next, or the work itself will fail to write.
             with contextlib.suppress(StorageError):
                 self._storage.write_bytes(self._name, json.dumps(self._content).encode())
-
-
-def claims_of_drivers(sweep: Storage, who: str) -> Claims:
-    """The claims of who runs the sweep in a folder, or would."""
-    return Claims(sweep.child(DRIVER), who)
 
 
 class Claims:
@@ -112,6 +111,10 @@ class Claims:
         """
         return self._others(clear=False)
 
+    def is_left(self) -> bool:
+        """Whether somebody held a claim who was killed, as far as can be seen by now."""
+        return not self.is_held() and any(n.endswith(".json") for n in self._storage.names())
+
     def _others(self, *, clear: bool = True) -> bool:
         """Whether a claim of somebody who is alive is there.
 
@@ -145,6 +148,42 @@ class Claims:
         if content.get("host") == mine["host"]:
             return not _is_running(content.get("pid"), content.get("started_unix_s"))
         return now_s - before[1] > STALE_S
+
+
+def claims_of_drivers(folder: Storage, who: str) -> Claims:
+    """The claims of who runs the run or the sweep in a folder, or would."""
+    return Claims(folder.child(DRIVER), who)
+
+
+@contextlib.contextmanager
+def driving(folder: Storage, what: str, tell: Tell | None = None) -> Iterator[None]:
+    """Be the only one who runs what a folder holds, for the length of a block.
+
+    Args:
+        what: for people, as `sweep 'nightly'`.
+        tell: told once where it has to be waited for.
+
+    Raises:
+        UsageError: somebody else runs it.
+    """
+    claims = claims_of_drivers(folder, f"the driver of {what}")
+    while (claim := claims.take()) is None:
+        # One that was killed on another host looks alive until it is seen not to beat.
+        if claims.is_sure:
+            raise UsageError(
+                f"{what} is run by {claims.holder} at this moment",
+                "wait for it, or stop it first",
+            )
+        if tell is not None:
+            tell(f"{what} was run on another host: seeing for {STALE_S:.0f} s if it still is")
+            tell = None
+        time.sleep(POLL_S)
+    with claim:
+        yield
+    if folder.local is not None:
+        # What is left of it says that somebody was killed.
+        with contextlib.suppress(OSError):
+            (folder.local / DRIVER).rmdir()
 
 
 def _process() -> dict[str, Any]:
