@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from cli_runner import golf_ray
+from hypothesis import given
+from hypothesis import strategies as st
 from results_made import Made, make_log, make_run, make_sweep
 
+from golf_ray.results.pictures.parallel import NAME_GAP, axis_of
 from golf_ray.results.pictures.rows import STATUSES
 from golf_ray.results.pictures.themes import SHAPES
 from golf_ray.results.records import LEFT
@@ -93,6 +98,15 @@ def test_pictures_are_files_for_papers(made: Made, tmp_path: Path) -> None:
     for name in names:
         data = (tmp_path / "p" / name).read_bytes()
         assert data.startswith(b"\x89PNG" if name.endswith("png") else b"<svg")
+
+
+@given(st.lists(st.floats(0, 1, width=16), min_size=2, max_size=6, unique=True))
+def test_names_on_an_axis_are_not_on_top_of_one_another(values: list[float]) -> None:
+    axis = axis_of("knob", pd.Series(values))
+    assert axis is not None
+    places = [place for place, _ in axis.ticks()]
+    assert places[0] == 0.0 and places[-1] == 1.0
+    assert all(b - a >= NAME_GAP for a, b in itertools.pairwise(places))
 
 
 @pytest.mark.parametrize("kind", ["run", "log", "failed"])

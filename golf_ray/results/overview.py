@@ -328,7 +328,7 @@ def totals(parts: Sequence[Summary]) -> list[tuple[str, str, str]]:
         (f"{counts['done']:,}", "done", number_of(sum(p.trainings for p in parts), "training")),
         (f"{counts['failed']:,}", "failed", f"{counts['over limit']:,} over a limit"),
         (f"{counts['running']:,}", "running", ", ".join(others) or "at this moment"),
-        (f"{hours:,.2f}", "GPU-hours", "of finished stages"),
+        (f"{hours:,.2f}", "GPU-hours", "held by stages that ended"),
         (cost.partition(" ")[0], f"{cost.partition(' ')[2]} lost",
          f"on {number_of(lost, 'trial')} that failed or are over"),
     ]  # fmt: skip

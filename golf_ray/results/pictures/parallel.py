@@ -24,6 +24,8 @@ MAX_NAMED: Final = 6
 """An axis of at most so many values names each of them."""
 AXIS_PX: Final = 76
 """Least room for an axis."""
+NAME_GAP: Final = 0.05
+"""Least distance of two names on an axis, as a part of it."""
 _WIDE_RANGE: Final = 30.0
 """Positive values that go over such a factor are drawn by their logarithms."""
 _TITLE: Final = "Knobs and scores"
@@ -54,10 +56,15 @@ class Axis:
         return min(1.0, max(0.0, (at - low) / (high - low)))
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Places that are named."""
-        if self.places:
-            return [(place, short(value)) for value, place in self.places.items()]
-        return [(0.0, short(self.low)), (1.0, short(self.high))]
+        """Places that are named: the ends, and between them what is not on top of another name."""
+        if not self.places:
+            return [(0.0, short(self.low)), (1.0, short(self.high))]
+        named: dict[float, str] = {}
+        # The ends are sure of their names.
+        for value, place in sorted(self.places.items(), key=lambda one: (0 < one[1] < 1, one[1])):
+            if all(abs(place - other) >= NAME_GAP for other in named):
+                named[place] = short(value)
+        return sorted(named.items())
 
 
 def axis_of(name: str, values: pd.Series) -> Axis | None:
