@@ -38,6 +38,13 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"{path} cannot be written ({error.strerror or error})", "check the folder")
 
 
+def reading_error(path: Path, error: OSError) -> StorageError:
+    """The one-line form of an operating-system error about reading `path`."""
+    why = error.strerror or (os.strerror(error.errno) if error.errno else str(error))
+    remedy = "ask for the right to" if error.errno in (errno.EACCES, errno.EPERM) else "check it"
+    return StorageError(f"{path} cannot be read ({why})", remedy)
+
+
 def make_folder(path: Path) -> Path:
     """Create a folder and its parents.
 

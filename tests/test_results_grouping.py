@@ -16,6 +16,7 @@ from golf_ray.results.describing import COUNTS, SCORES, STATISTICS, described
 from golf_ray.results.grouping import (
     grouped,
     mean_by_training,
+    mixed_texts,
     seed_keys,
     settings_of,
     without_repeats,
@@ -191,3 +192,16 @@ def test_trials_that_share_a_training_are_one_seed(tmp_path: Path) -> None:
     found = by_seeds(made.folder)
     assert found["n"].tolist() == [1] and found["done"].tolist() == [4]
     assert found["ttt_bpb_sd"].isna().all()
+
+
+def test_scores_of_different_texts_have_no_mean() -> None:
+    rows = [done(1, "t1", 1.0), done(2, "t2", 1.2), done(3, "t3", 1.4)]
+    for row, size in zip(rows, (100, 100, 200), strict=True):
+        row["bytes_scored"] = size
+    frame = trials(rows)
+    mixed = grouped(frame, ["knob"])
+    assert mixed["ttt_bpb_n"].tolist() == [3] and mixed["ttt_bpb_mean"].isna().all()
+    [line] = [line for line in mixed_texts(frame, mixed) if "of ttt_bpb" in line]
+    assert "(100, 200 bytes)" in line
+    one = grouped(frame.iloc[:2].reset_index(drop=True), ["knob"])
+    assert one["ttt_bpb_mean"].tolist() == [pytest.approx(1.1)] and not mixed_texts(frame, one)

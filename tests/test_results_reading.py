@@ -458,3 +458,48 @@ def test_a_thousand_small_curves_are_whole(tmp_path: Path) -> None:
     write_intervals(large, 700)
     counts = load_results(made.folder).intervals.groupby("trial").size()
     assert counts[71] == 700 and counts.drop(71).eq(2).all() and len(counts) == 150
+
+
+def test_links_lead_to_what_is_there_once(tmp_path: Path) -> None:
+    for name in ("s1", "s2"):
+        make_run(tmp_path / "runs" / name)
+    made = make_sweep(tmp_path / "store", "nightly", num_trials=4, num_documents=5)
+    (tmp_path / "runs" / "latest").symlink_to("s2")
+    (tmp_path / "mine").symlink_to(made.folder)
+    assert sorted(load_results(tmp_path / "runs").trials["source"]) == ["s1", "s2"]
+    linked = load_results(tmp_path / "mine", made.folder, documents=True)
+    pd.testing.assert_frame_equal(linked.trials, load_results(made.folder).trials)
+    assert len(linked.intervals) and len(linked.documents) and not linked.problems
+
+
+def test_a_finalists_documents_are_there_once(tmp_path: Path) -> None:
+    made = make_sweep(tmp_path / "store", "nightly", num_trials=4, num_documents=5)
+    path = made.folder / "trials" / "00001.json"
+    record = json.loads(path.read_text())
+    record["final"] = {"ttt_bpb": 1.0, "fits": True, "evaluations": record["evaluations"]}
+    path.write_text(json.dumps(record))
+    own = load_results(made.folder, documents=True).documents.query("trial == 1")
+    assert len(own) and not own.duplicated(["evaluation", "document"]).any()
+
+
+def test_stages_that_are_gone_are_a_problem_line(tmp_path: Path) -> None:
+    made = make_sweep(tmp_path / "store", "nightly", num_trials=4, num_documents=5)
+    shutil.rmtree(tmp_path / "store" / "stages")
+    results = load_results(made.folder, documents=True)
+    assert len(results.trials) == 4 and results.documents.empty
+    assert len(results.problems) == 1 and "stages is not there" in results.problems[0]
+
+
+@pytest.mark.parametrize("text", ["[]", '{"result": null}', '{"spans": [null]}'])
+def test_one_odd_file_takes_nothing_else_with_it(tmp_path: Path, text: str) -> None:
+    for name in ("s1", "s2"):
+        make_run(tmp_path / "runs" / name)
+    (tmp_path / "runs" / "s1" / "outcome.json").write_text(text)
+    results = load_results(tmp_path / "runs")
+    assert "s2" in results.trials["source"].tolist()
+    made = make_sweep(tmp_path / "store", "nightly", num_trials=4, num_documents=0)
+    path = made.folder / "trials" / "00002.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "spans": [None]}))
+    results = load_results(tmp_path / "store")
+    assert results.trials["trial"].tolist() == [1, 3, 4]
+    assert any("its spans are [None]" in line for line in results.problems)

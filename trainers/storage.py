@@ -26,7 +26,13 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from golf_ray.errors import StorageError
-from golf_ray.records import append_jsonl, atomic_path, atomic_write_bytes, storage_error
+from golf_ray.records import (
+    append_jsonl,
+    atomic_path,
+    atomic_write_bytes,
+    reading_error,
+    storage_error,
+)
 
 FLUSH_S = 5.0
 """Object stores cannot append: a growing file is written again at most this often."""
@@ -80,19 +86,19 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         """Whether a file or folder is there."""
-        with self._named(name):
+        with self._named(name, reading=True):
             return bool(self.filesystem.get_file_info(self.place(name)).type)
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of what the folder holds, in order; none where there is no folder."""
-        with self._named(""):
+        with self._named("", reading=True):
             selector = pafs.FileSelector(self.path, allow_not_found=True)
             found = [info.base_name for info in self.filesystem.get_file_info(selector)]
         return sorted(name for name in found if name.startswith(prefix))
 
     def read_bytes(self, name: str) -> bytes | None:
         """A file's content; None where there is none."""
-        with self._named(name):
+        with self._named(name, reading=True):
             try:
                 with self.filesystem.open_input_stream(self.place(name)) as stream:
                     return bytes(stream.read())
@@ -157,14 +163,15 @@ class Storage:
         return f"{self._base}/{name}{self._query}"
 
     @contextlib.contextmanager
-    def _named(self, name: str) -> Iterator[None]:
+    def _named(self, name: str, *, reading: bool = False) -> Iterator[None]:
         """Turn errors of the file system into one line about `name`."""
         where = shown(self.uri_of(name) if name else self.uri)
         try:
             yield
         except OSError as error:
             if self.local is not None and error.errno is not None:
-                raise storage_error(Path(where), error) from None
+                say = reading_error if reading else storage_error
+                raise say(Path(where), error) from None
             remedy = "check the path, the credentials and the network"
             raise StorageError(f"{where} cannot be used ({_line(error)})", remedy) from None
         except (pa.ArrowException, ValueError) as error:

@@ -169,7 +169,9 @@ def export(
         seeds=seeds,
     )  # fmt: skip
     results = _load(paths or [], storage, table)
-    frame = answer(query, results)
+    frame = answer(
+        query, results, lambda note: print(f"golf-ray: note: {note}", file=sys.stderr, flush=True)
+    )
     if chosen in (Format.MD, Format.LATEX, Format.HTML) and not all_columns:
         frame = without_silent(frame, query)
     data = _encode(frame, chosen, table, paths or [storage])

@@ -151,7 +151,7 @@ def _print(look: Look) -> None:
     from golf_ray.results.drawing import clean
     from golf_ray.results.page import broken
     from golf_ray.results.schema import FINAL
-    from golf_ray.results.sweep_screen import fitting_table
+    from golf_ray.results.sweep_screen import MOST_TRIALS, fitting_table, leading
     from golf_ray.results.words import outcome, summary_line
 
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -160,14 +160,19 @@ def _print(look: Look) -> None:
         console.print("\n".join(broken(text, console.width)))
 
     tell(summary_line(look))
-    if look.records:
-        table, left_out = fitting_table(look.records, look.objective, console)
+    shown = leading(look.records, look.objective)
+    if shown:
+        table, left_out = fitting_table(shown, look.objective, console)
         console.print(table)
+        if len(shown) < len(look.records):
+            tell(f"the best {len(shown)} of {len(look.records):,}; 'golf-ray export' has all")
         if left_out:
             tell(f"no room for: {', '.join(left_out)}")
-    for record in look.records:
-        if record["status"] in FINAL and record["status"] != "done":
-            tell(outcome(look, record, improved=False))
+    bad = [r for r in look.records if r["status"] in FINAL and r["status"] != "done"]
+    for record in bad[-MOST_TRIALS:]:
+        tell(outcome(look, record, improved=False))
+    if len(bad) > MOST_TRIALS:
+        tell(f"and {len(bad) - MOST_TRIALS:,} more before these")
     for text in (*look.doing, *look.problems):
         tell(clean(text))
     if look.state == "interrupted":

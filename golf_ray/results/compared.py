@@ -115,7 +115,8 @@ def compare_places(
     if wanted is not None:
         require_same_text(sides, wanted)
         scores = tuple(scores_of(side, wanted) for side in sides)
-    pairs = _pairs(sides) if documents and against is None else ()
+    notes: list[str] = []
+    pairs = _pairs(sides, notes) if documents and against is None else ()
     if not scores and not pairs:
         raise UsageError(
             f"{' and '.join(side.name for side in sides)} have no score in common",
@@ -126,6 +127,11 @@ def compare_places(
     if against is not None:
         needed = margin if margin_unit == "bpb" else _in_bpb(scores[0], margin)
         published = compare_published(scores[0], against, margin=needed)
+        if needed is None and margin:
+            notes.append(
+                f"a gain of more than {margin:g} nats is not tested for: how many tokens a byte "
+                f"the scores of {sides[0].name} are of is not known"
+            )
     elif scores:
         seeds = compare_seeds(scores[0], scores[1:], margin=margin, margin_unit=margin_unit)
     return Compared(
@@ -135,7 +141,7 @@ def compare_places(
         seeds=seeds,
         published=published,
         documents=pairs,
-        notes=_notes(sides, wanted, seeds),
+        notes=(*notes, *_notes(sides, wanted, seeds)),
     )
 
 
@@ -157,11 +163,23 @@ def _in_bpb(scores: Scores, nats: float) -> float | None:
     return None if scores.ratio is None else nats * scores.ratio
 
 
-def _pairs(sides: Sequence[Side]) -> tuple[tuple[str, str, DocumentComparison], ...]:
-    """Every candidate beside the baseline, where both have documents of one artifact."""
+def _pairs(
+    sides: Sequence[Side], notes: list[str]
+) -> tuple[tuple[str, str, DocumentComparison], ...]:
+    """Every candidate beside the baseline, where both are one artifact with its documents."""
+    several = [side.name for side in sides if len(set(side.ledgers)) > 1]
+    if several:
+        notes.append(
+            f"not compared by document: {' and '.join(several)} "
+            f"{'is' if len(several) == 1 else 'are'} more than one artifact; name one trial a side"
+        )
+    if sides[0].name in several:
+        return ()
     first = documents_of(sides[0])
     found = []
     for side in sides[1:]:
+        if side.name in several:
+            continue
         frames = same_documents(first, documents_of(side))
         if frames is None:
             continue
@@ -249,8 +267,8 @@ def published_lines(found: PublishedComparison) -> list[str]:
 def document_lines(baseline: str, candidate: str, found: DocumentComparison) -> list[str]:
     """Two artifacts by their documents."""
     told = [
-        f"by document, {candidate} against {baseline}: {found.num_documents:,} documents, "
-        f"{found.num_bytes:,} bytes",
+        f"by document, with test-time training, {candidate} against {baseline}: "
+        f"{found.num_documents:,} documents, {found.num_bytes:,} bytes",
         f"  {found.baseline_bpb:.6f} and {found.candidate_bpb:.6f} bpb: "
         f"{found.difference_bpb:+.6f}"
         + ("" if found.standard_error_bpb is None else f" +- {found.standard_error_bpb:.6f}")

@@ -25,6 +25,14 @@ TableName = Literal["trials", "intervals", "documents"]
 SCORES: Final = ("val_bpb", "int6_bpb", "ttt_bpb", "ttt_loss_nats", "final_ttt_bpb")
 """Columns of `trials` that are scores, which groups have means of."""
 
+TEXTS: Final = {
+    "ttt_bpb": "bytes_scored",
+    "ttt_loss_nats": "bytes_scored",
+    "int6_bpb": "int6_bytes_scored",
+    "val_bpb": "val_bytes_scored",
+}
+"""Columns that say what text a score is of."""
+
 COUNTS: Final = (
     Column(name="n", type="Int64", text="trainings of the group that have a trial that is done"),
     Column(name="done", type="Int64", text="trials that are done"),

@@ -26,7 +26,7 @@ from golf_ray.results.accounts import (
 )
 from golf_ray.results.schema import FINAL, NOT_FINAL
 from golf_ray.results.settings import differences, preset_of, settings_of
-from golf_ray.results.sources import SWEEPS, Place, find_places
+from golf_ray.results.sources import SWEEPS, Place, find_places, storage_of
 from trainers.storage import Storage, parse_lines, shown
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def _row_of(results: Results, number: int | None, place: Place) -> int:
     trials = [record["trial"] for record in results.records]
     if number not in trials:
         there = f"it has trials {trials[0]} to {trials[-1]}" if trials else "it has none yet"
+        there = "; ".join([there, *results.problems[:1]])
         raise UsageError(f"sweep '{place.storage.name}' has no trial {number}", there)
     return trials.index(number)
 
@@ -248,9 +249,8 @@ def _claims(place: Place) -> tuple[str, ...]:
     from golf_ray.sweeps.fresh_seeds import judged
     from golf_ray.sweeps.plan import read_plan
 
-    storage = place.storage.uri.removesuffix(f"/{SWEEPS}/{place.storage.name}")
     try:
-        found = judged(read_plan(storage, place.storage.name))
+        found = judged(read_plan(storage_of(place.storage).uri, place.storage.name))
     except (GolfRayError, LookupError):
         return ()
     return () if found is None else found.lines()

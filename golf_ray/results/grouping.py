@@ -24,7 +24,7 @@ import pandas as pd
 
 from golf_ray import stats
 from golf_ray.results.cells import values_and_missing
-from golf_ray.results.describing import COUNTS, SCORES, STATISTICS
+from golf_ray.results.describing import COUNTS, SCORES, STATISTICS, TEXTS
 from golf_ray.results.schema import FINAL, NOT_FINAL
 
 SEED: Final = "train.seed"
@@ -84,7 +84,14 @@ def grouped(
             is_done and not gone and math.isfinite(value)
             for is_done, gone, value in zip(done, missing.tolist(), plain, strict=True)
         ]
-        said = [_statistics([(units[i], plain[i]) for i in rows if usable[i]]) for rows in members]
+        texts = _texts(frame, score)
+        said = [
+            _statistics(
+                [(units[i], plain[i]) for i in rows if usable[i]],
+                one_text=len({texts[i] for i in rows if usable[i]} - {None}) < 2,
+            )
+            for rows in members
+        ]
         for end in STATISTICS:
             kind = "Int64" if end == "n" else "Float64"
             columns[f"{score}_{end}"] = pd.array([one[end] for one in said], dtype=kind)
@@ -159,9 +166,34 @@ def _units(frame: pd.DataFrame) -> list[Any]:
     ]
 
 
-def _statistics(values: Sequence[tuple[Any, float]]) -> dict[str, Any]:
+def mixed_texts(frame: pd.DataFrame, groups: pd.DataFrame) -> list[str]:
+    """What to say where groups have scores of different texts and so no mean of them."""
+    told = []
+    for score in SCORES:
+        lost = (groups[f"{score}_n"] > 0) & groups[f"{score}_mean"].isna()
+        if lost.any():
+            texts = sorted({text for text in _texts(frame, score) if text is not None})
+            told.append(
+                f"no mean of {score} where a group has scores of different texts "
+                f"({', '.join(f'{text:,}' for text in texts[:4])} bytes)"
+            )
+    return told
+
+
+def _texts(frame: pd.DataFrame, score: str) -> list[Any]:
+    """What tells the texts of a score from one another: bytes scored; None where not known."""
+    column = TEXTS.get(score)
+    if column is None or column not in frame.columns:
+        return [None] * len(frame)
+    return [None if pd.isna(value) else int(value) for value in frame[column].tolist()]
+
+
+def _statistics(values: Sequence[tuple[Any, float]], *, one_text: bool = True) -> dict[str, Any]:
     means = mean_by_training(values)
     if not means:
         return dict.fromkeys(STATISTICS) | {"n": 0}
+    if not one_text:
+        # A mean of scores of different texts is of nothing.
+        return dict.fromkeys(STATISTICS) | {"n": len(means)}
     found = stats.interval(means)
     return {"n": found.n, "mean": found.mean, "sd": found.sd, "low": found.low, "high": found.high}

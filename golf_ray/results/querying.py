@@ -9,7 +9,7 @@ Invariant: a query that exists has been understood; whether its columns are ther
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -18,7 +18,13 @@ import pandas as pd
 from golf_ray.config import field_paths
 from golf_ray.errors import UsageError
 from golf_ray.results.describing import TableName, normalised
-from golf_ray.results.grouping import grouped, seed_keys, settings_of, without_repeats
+from golf_ray.results.grouping import (
+    grouped,
+    mixed_texts,
+    seed_keys,
+    settings_of,
+    without_repeats,
+)
 from golf_ray.results.reading import Results, with_config_columns
 from golf_ray.results.selecting import (
     Condition,
@@ -90,8 +96,13 @@ def parse_query(
     )
 
 
-def answer(query: Query, results: Results) -> pd.DataFrame:
+def answer(
+    query: Query, results: Results, on_note: Callable[[str], None] | None = None
+) -> pd.DataFrame:
     """The table that a query asks for, in nullable types.
+
+    Args:
+        on_note: told in a line why a figure that could be expected is missing.
 
     Raises:
         UsageError: a column is none, or is of a type that a condition is not for.
@@ -100,13 +111,18 @@ def answer(query: Query, results: Results) -> pd.DataFrame:
     frame = normalised(whole)
     kept = meeting(frame, query.conditions)
     frame = frame.loc[kept].reset_index(drop=True)
-    if query.group_by is not None:
-        for name in query.group_by:
-            require_column(name, frame.columns)
-        frame = grouped(frame, query.group_by)
-    elif query.seeds:
-        settings = settings_of(frame, list(compress(results.records, kept)))
-        frame = grouped(frame, seed_keys(results.knobs), settings)
+    if query.grouping:
+        trials = frame
+        if query.group_by is not None:
+            for name in query.group_by:
+                require_column(name, frame.columns)
+            frame = grouped(trials, query.group_by)
+        else:
+            settings = settings_of(trials, list(compress(results.records, kept)))
+            frame = grouped(trials, seed_keys(results.knobs), settings)
+        if on_note is not None:
+            for note in mixed_texts(trials, frame):
+                on_note(note)
     frame = sorted_by(frame, query.sort)
     if query.columns is not None:
         return frame[chosen(list(frame.columns), query.columns)]

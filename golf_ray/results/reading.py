@@ -23,6 +23,7 @@ from golf_ray.results.migration import Record
 from golf_ray.results.schema import DOCUMENTS, IDENTITY, MEASURES, types_of
 from golf_ray.results.sources import Found, Place
 from golf_ray.results.timeline import held_gpu_s
+from trainers.storage import shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,7 +221,8 @@ def _found(places: Sequence[str | Path], problems: list[str]) -> list[Place]:
     found: dict[str, Place] = {}
     for where in places:
         try:
-            found.update({place.uri: place for place in sources.find_places(str(where))})
+            places_there = sources.find_places(str(where), problems.append)
+            found.update({place.uri: place for place in places_there})
         except GolfRayError as error:
             if len(places) == 1:
                 raise
@@ -237,7 +239,10 @@ def _read(place: Place, name: str, problems: list[str]) -> Found | None:
         return sources.read_place(place, name, problems.append)
     except GolfRayError as error:
         problems.append(str(error))
-        return None
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        # Parts of its files that are of other types than they should be.
+        problems.append(f"{shown(place.uri)} is damaged ({type(error).__name__}: {error})")
+    return None
 
 
 def _intervals(found: Sequence[Found], problems: list[str]) -> pd.DataFrame:

@@ -65,6 +65,8 @@ def read_trials(folder: Storage, on_problem: OnProblem | None = None) -> list[Re
     with _without_collector():
         for name, data in zip(names, _read_all(folder, names), strict=True):
             try:
+                if isinstance(data, StorageError):
+                    raise data
                 if data is not None:
                     records.append(_shared(parse_record(data, folder, name), parts))
             except StorageError as error:
@@ -97,6 +99,9 @@ def parse_record(data: bytes, folder: Storage, name: str) -> Record:
         if record.get(name) is not None and type(record[name]) is not kind:
             raise StorageError(f"{where} is damaged: its {name} is {record[name]!r}",
                                "restore or remove the file")  # fmt: skip
+    if any(type(span) is not dict for span in record.get("spans") or ()):
+        raise StorageError(f"{where} is damaged: its spans are {record['spans']!r}"[:200],
+                           "restore or remove the file")  # fmt: skip
     return record
 
 
@@ -111,11 +116,11 @@ def as_left(record: Record, *, driven: bool) -> Record:
     return {**record, "status": "interrupted", "reason": LEFT}
 
 
-def _read_all(folder: Storage, names: Sequence[str]) -> Iterator[bytes | None]:
-    """The files' contents in order, read ahead in threads."""
+def _read_all(folder: Storage, names: Sequence[str]) -> Iterator[bytes | StorageError | None]:
+    """The files' contents in order, or why one cannot be read; read ahead in threads."""
 
-    def read(some: Sequence[str]) -> list[bytes | None]:
-        return [_read_file(folder, name) for name in some]
+    def read(some: Sequence[str]) -> list[bytes | StorageError | None]:
+        return [_read_or_error(folder, name) for name in some]
 
     if len(names) <= GROUP_FILES:
         yield from read(names)
@@ -124,6 +129,14 @@ def _read_all(folder: Storage, names: Sequence[str]) -> Iterator[bytes | None]:
     with ThreadPoolExecutor(THREADS if folder.local is not None else REMOTE_THREADS) as pool:
         for contents in pool.map(read, groups):
             yield from contents
+
+
+def _read_or_error(folder: Storage, name: str) -> bytes | StorageError | None:
+    """A file's content, None where there is none, or why it cannot be read."""
+    try:
+        return _read_file(folder, name)
+    except StorageError as error:
+        return error
 
 
 def _read_file(folder: Storage, name: str) -> bytes | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from golf_ray.records import atomic_write_text
+from golf_ray.results.describing import TEXTS
 from golf_ray.results.overview import Failure, Summary, failures, summaries, totals
 from golf_ray.results.pictures.picture import NoPicture, Picture, Rows
 from golf_ray.results.pictures.rows import Trials, trials_of
@@ -45,6 +46,8 @@ class Report:
     timeline: Timeline
     table: TrialTable
     problems: tuple[str, ...]
+    cautions: tuple[str, ...]
+    """Why scores that stand side by side are not to be compared."""
 
 
 def make_report(
@@ -78,7 +81,30 @@ def make_report(
         timeline=timeline,
         table=trial_table(trials),
         problems=results.problems,
+        cautions=_cautions(results, trials),
     )
+
+
+def _cautions(results: Results, trials: Trials) -> tuple[str, ...]:
+    """What keeps scores that stand side by side from being compared."""
+    told = []
+    column = TEXTS.get(trials.objective)
+    if column is not None:
+        texts = sorted(set(trials.scored()[column].dropna().astype(int)))
+        if len(texts) > 1:
+            sizes = ", ".join(f"{size:,}" for size in texts[:4])
+            told.append(
+                f"Scores are of different texts ({sizes} bytes), so which is lower says nothing."
+            )
+    for name, plan in results.plans.items():
+        objectives = plan.get("objectives")
+        first = objectives[0] if isinstance(objectives, list) and objectives else None
+        if first is not None and first != trials.objective:
+            told.append(
+                f"{name} searched for {first}; here its trials are ranked by {trials.objective} "
+                "(--objective)."
+            )
+    return tuple(told)
 
 
 def _planned_objective(results: Results) -> str | None:
@@ -112,7 +138,9 @@ def _groups(results: Results, trials: Trials) -> tuple[tuple[str, ...], ...]:
         return ()
     settings = settings_of(results.trials, results.records)
     table = grouped(results.trials, seed_keys(results.knobs), settings)
-    table = table[table[f"{score}_n"] > 1].sort_values(f"{score}_mean")
+    table = table[(table[f"{score}_n"] > 1) & table[f"{score}_mean"].notna()].sort_values(
+        f"{score}_mean"
+    )
     if table.empty:
         return ()
     rows = [("configuration", "trainings", "mean", "sample sd", "95% interval", "trials")]

@@ -118,4 +118,7 @@ def _json(storage: Storage, name: str, on_problem: OnProblem) -> dict[str, Any] 
     except ValueError as error:
         on_problem(f"{storage.uri_of(name)} is damaged ({error})")
         return None
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        on_problem(f"{storage.uri_of(name)} is damaged (no JSON object)")
+        return None
+    return found

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from golf_ray.errors import UsageError, nearest
+from golf_ray.results.sources import resolved, storage_of
+from golf_ray.sweeps.commands import command
 from golf_ray.sweeps.power import Noise, optimism
 from trainers.storage import Storage
 
@@ -39,6 +41,8 @@ class Flattery:
     """A trial that was picked by its score, which flatters it."""
 
     sweep: str
+    storage: str
+    """That it is in."""
     trial: int
     num_trials: int
     num_trainings: int
@@ -50,11 +54,12 @@ class Flattery:
         of = f"{self.num_trials} trials"
         if self.num_trainings < self.num_trials:
             of += f" ({self.num_trainings} training{'s' * (self.num_trainings != 1)})"
-        about = f"{self.optimism_bpb:.4f}" if self.optimism_bpb >= 5e-5 else "less than 0.0001"
+        small = self.optimism_bpb < 5e-5
+        about = "less than 0.0001" if small else f"about {self.optimism_bpb:.4f}"
         return (
             f"trial {self.trial} of {self.sweep} was picked as the best of {of} on the same "
-            f"documents: its score flatters it by about {about} bpb; fresh seeds say what it is "
-            f"worth: golf-ray confirm {self.sweep} --top 1 --seeds 3"
+            f"documents: its score flatters it by {about} bpb; fresh seeds say what it is worth: "
+            + command("confirm", self.sweep, self.storage, "--top 1", "--seeds 3")
         )
 
 
@@ -113,12 +118,12 @@ def _part(text: str, storage: str) -> list[Part]:
     head, pick = _split(text)
     picks = (pick,) if pick else ()
     if "://" in head or os.path.exists(head):
-        return [Part(place=head, name=head, pick=picks)]
+        return [Part(place=resolved(head), name=head, pick=picks)]
     if glob.has_magic(head):
         places = sorted(glob.glob(head))
         if not places:
             raise UsageError(f"nothing is named '{head}'", "check the path")
-        return [Part(place=place, name=place, pick=picks) for place in places]
+        return [Part(place=resolved(place), name=place, pick=picks) for place in places]
     sweeps = Storage(storage).child("sweeps")
     known = sweeps.names()
     if head not in known:
@@ -172,7 +177,7 @@ def _side(text: str, parts: Sequence[Part], read: Mapping[str, Results]) -> Side
         side.ledgers += [
             (part.place, int(row.trial))
             for row in frame.itertuples()
-            if row.kind == "trial" and not pd.isna(row.evaluation)
+            if row.kind == "trial" and row.status == "done" and not pd.isna(row.evaluation)
         ]
         side.flattery += _flattery(part, results, frame)
     side.trials = pd.concat(frames, ignore_index=True)
@@ -187,7 +192,7 @@ def _picked(part: Part, results: Results) -> list[int]:
     if not part.pick:
         _require_one_setting(part, results)
         return every
-    if not (frame["kind"] == "trial").any():
+    if not results.plans and not (frame["kind"] == "trial").any():
         raise UsageError(
             f"'{part.place}' is no sweep, so ':{part.pick[0]}' names nothing in it",
             "give the place alone",
@@ -200,9 +205,9 @@ def _picked(part: Part, results: Results) -> list[int]:
     for pick in part.pick:
         if pick.isdecimal():
             if int(pick) not in numbers:
+                there = f"it has {min(numbers)} to {max(numbers)}" if numbers else "it has none yet"
                 raise UsageError(
-                    f"'{part.place}' has no trial {pick}",
-                    f"it has {min(numbers)} to {max(numbers)}" if numbers else "it has none yet",
+                    f"'{part.place}' has no trial {pick}", "; ".join([there, *results.problems[:1]])
                 )
             rows.append(numbers[int(pick)])
         elif pick == _BEST and _BEST not in labels:
@@ -259,7 +264,8 @@ def _ranked(part: Part, results: Results) -> list[int]:
 
 def within_limits(frame: pd.DataFrame) -> pd.DataFrame:
     """Trials that are done and within the limits."""
-    return frame[(frame["status"] == "done") & frame["fits"].fillna(True)]
+    fits = frame["fits"].fillna(True) & frame["final_fits"].fillna(True)
+    return frame[(frame["status"] == "done") & fits]
 
 
 def _flattery(part: Part, results: Results, frame: pd.DataFrame) -> list[Flattery]:
@@ -274,6 +280,7 @@ def _flattery(part: Part, results: Results, frame: pd.DataFrame) -> list[Flatter
     return [
         Flattery(
             sweep=str(frame["source"].iloc[0]),
+            storage=storage_of(Storage(part.place)).uri,
             trial=order[0],
             num_trials=len(order),
             num_trainings=num_trainings,

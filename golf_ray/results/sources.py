@@ -9,6 +9,7 @@ Invariant: what cannot be read is one problem line and takes nothing else with i
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,14 +98,19 @@ class Ledgers:
         return self.storage.uri_of(self.name) if self.name else self.storage.uri
 
 
-def find_places(where: str) -> list[Place]:
+def find_places(where: str, on_problem: OnProblem | None = None) -> list[Place]:
     """What holds results at a path or URI: itself, or what is in the folder.
+
+    Links are followed, so that nothing is there twice and what lies beside it is found.
+
+    Args:
+        on_problem: told of what is in the folder and cannot be looked into.
 
     Raises:
         UsageError: nothing there does.
         StorageError: it cannot be looked into.
     """
-    storage = Storage(where)
+    storage = Storage(resolved(where))
     above, name = _above(storage)
     if _is_file(storage):
         from golf_ray.results.public_logs import is_public_log
@@ -119,13 +125,19 @@ def find_places(where: str) -> list[Place]:
     kind = _kind_of(names)
     if kind is not None:
         return [Place(kind=kind, storage=storage)]
+    found: list[Place] = []
     if SWEEPS in names:
-        storage = storage.child(SWEEPS)
-        names = storage.names()
-    found = list(_below(storage, names))
+        sweeps = storage.child(SWEEPS)
+        found += _below(sweeps, sweeps.names(), on_problem)
+    found += _below(storage, [name for name in names if name not in (SWEEPS, STAGES)], on_problem)
     if not found:
         raise UsageError(f"{shown(where)} holds no results", f"give {WHAT}")
     return found
+
+
+def resolved(where: str) -> str:
+    """A path without links; a URI as it is."""
+    return where if "://" in where else os.path.realpath(where)
 
 
 def name_places(places: Sequence[Place]) -> list[str]:
@@ -190,8 +202,12 @@ def _read_sweep(place: Place, source: str, on_problem: OnProblem) -> Found:
     records = read_trials(place.storage.child(TRIALS), on_problem)
     found.records = [as_left(record, driven=driven) for record in records]
     _complete(found.records, found.plan or {})
-    stages = _above(_above(place.storage)[0])[0].child(STAGES)
+    stages = storage_of(place.storage).child(STAGES)
     makers = makers_of(found.records)
+    if found.records and any(r.get("training") or r.get("evaluations") for r in found.records):
+        if not stages.names():
+            on_problem(f"training curves and scores by document of {source}: {shown(stages.uri)} "
+                       "is not there")  # fmt: skip
     found.curves = [
         Curve(storage=stages, name=f"{training}/run/{INTERVALS_FILE}", source=source,
               trial=trial, training=training)
@@ -223,13 +239,15 @@ def makers_of(records: Sequence[Record]) -> dict[str, int]:
 
 
 def evaluations_of(record: Record) -> list[str]:
-    """Folders of a trial's scores, then those of a finalist's."""
+    """Folders of a trial's scores, then those of a finalist's; each once, as a trial that was
+    scored on all documents has one for both."""
     final = (record.get("final") or {}).get("evaluations")
-    return [
+    found = (
         str(name)
         for names in (record.get("evaluations"), final)
         for name in (names if isinstance(names, list) else ())
-    ]
+    )
+    return list(dict.fromkeys(found))
 
 
 def _complete(records: Sequence[Record], plan: dict[str, Any]) -> None:
@@ -271,19 +289,33 @@ def _kind_of(names: Sequence[str]) -> Kind | None:
     return "run" if CONFIG_FILE in names else None
 
 
-def _below(storage: Storage, names: Sequence[str]) -> Iterator[Place]:
-    from golf_ray.results.public_logs import is_public_log
-
+def _below(storage: Storage, names: Sequence[str], on_problem: OnProblem | None) -> Iterator[Place]:
     for name in names:
         if name.startswith("."):
             continue
-        if name.endswith(LOG_SUFFIXES):
-            if is_public_log(storage.read_bytes(name) or b""):
-                yield Place(kind="public", storage=storage, file=name)
+        try:
+            found = _child(storage, name)
+        except StorageError as error:
+            if on_problem is None:
+                raise
+            on_problem(str(error))
             continue
-        child = storage.child(name)
-        if not _is_file(child) and (kind := _kind_of(child.names())) is not None:
-            yield Place(kind=kind, storage=child)
+        if found is not None:
+            yield found
+
+
+def _child(storage: Storage, name: str) -> Place | None:
+    from golf_ray.results.public_logs import is_public_log
+
+    child = storage.child(name)
+    if child.local is not None:
+        child = Storage(resolved(str(child.local)))
+    if name.endswith(LOG_SUFFIXES):
+        above, file = _above(child)
+        log = is_public_log(above.read_bytes(file) or b"")
+        return Place(kind="public", storage=above, file=file) if log else None
+    kind = None if _is_file(child) else _kind_of(child.names())
+    return None if kind is None else Place(kind=kind, storage=child)
 
 
 def _is_file(storage: Storage) -> bool:
@@ -295,6 +327,15 @@ def _is_file(storage: Storage) -> bool:
         line = " ".join(str(error).split())[:200]
         raise StorageError(f"{shown(storage.uri)} cannot be read ({line})", "check it") from None
     return bool(found.type == fs.FileType.File)
+
+
+def storage_of(sweep: Storage) -> Storage:
+    """The storage that a sweep's folder `STORAGE/sweeps/NAME` is in."""
+    base, mark, query = sweep.uri, "", ""
+    if "://" in base:
+        base, mark, query = base.partition("?")
+    above = base.rpartition("/")[0].removesuffix(f"/{SWEEPS}")
+    return Storage((above or "/") + mark + query)
 
 
 def _above(storage: Storage) -> tuple[Storage, str]:

@@ -22,7 +22,7 @@ from golf_ray.results.curves import REMOTE_THREADS
 from golf_ray.results.migration import Record
 from golf_ray.results.records import as_left, parse_record
 from golf_ray.results.schema import FINAL
-from golf_ray.results.sources import PLAN_FILE, STAGES, SWEEPS, TRIALS
+from golf_ray.results.sources import PLAN_FILE, STAGES, TRIALS, storage_of
 from golf_ray.results.timeline import gpu_hours
 from golf_ray.sweeps.commands import command
 from golf_ray.sweeps.finalists import ranked
@@ -54,7 +54,7 @@ class Sweep:
 
     def command(self, words: str) -> str:
         """A command on this sweep for people to copy, as `golf-ray sweep --resume nightly`."""
-        return command(words, self.name, _storage_of(self.folder).uri)
+        return command(words, self.name, storage_of(self.folder).uri)
 
     @staticmethod
     def of_plan(plan: SweepPlan) -> Sweep:
@@ -83,7 +83,7 @@ class Sweep:
             return Sweep(
                 name=folder.name,
                 folder=folder,
-                stages=_storage_of(folder).child(STAGES),
+                stages=storage_of(folder).child(STAGES),
                 num_trials=int(plan["num_trials"]),
                 objectives=tuple(plan["objectives"]),
                 num_finalists=int(plan.get("finalists") or 0),
@@ -251,8 +251,11 @@ class SweepReader:
         for name in names:
             known = self._final.get(name)
             try:
-                if read.get(name) is not None:
-                    known = parse_record(read[name], self._trials, name)
+                data = read.get(name)
+                if isinstance(data, StorageError):
+                    raise data
+                if data is not None:
+                    known = parse_record(data, self._trials, name)
             except StorageError as error:
                 problems.append(str(error))
                 continue
@@ -262,11 +265,17 @@ class SweepReader:
                     self._final[name] = known
         return records, problems
 
-    def _read_files(self, names: Sequence[str]) -> list[Any]:
+    def _read_files(self, names: Sequence[str]) -> list[bytes | StorageError | None]:
+        def read(name: str) -> bytes | StorageError | None:
+            try:
+                return self._trials.read_bytes(name)
+            except StorageError as error:
+                return error
+
         if self._trials.local is not None or len(names) < 2:
-            return [self._trials.read_bytes(name) for name in names]
+            return [read(name) for name in names]
         with ThreadPoolExecutor(REMOTE_THREADS) as pool:
-            return list(pool.map(self._trials.read_bytes, names))
+            return list(pool.map(read, names))
 
     def _finalists(self, num_records: int) -> set[str]:
         """Files of final records to which measured scores may yet be added."""
@@ -309,11 +318,3 @@ def covered_s(spans: Any) -> float:
 
 def _seconds(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _storage_of(folder: Storage) -> Storage:
-    """The storage, of a sweep's folder `STORAGE/sweeps/NAME`."""
-    base, mark, query = folder.uri.partition("?") if "://" in folder.uri else (folder.uri, "", "")
-    above = base.rpartition("/")[0]
-    storage = above.removesuffix(f"/{SWEEPS}")
-    return Storage((storage or "/") + mark + query)

@@ -64,11 +64,9 @@ def _failure(group: FailureGroup) -> str:
 def _print_table(page: Page, records: Sequence[Record], objective: str) -> None:
     if not records:
         return
-    chosen, what = list(records), ""
-    if len(records) > MOST_TRIALS:
-        chosen = _leading(records, objective)[:MOST_TRIALS]
+    chosen, what = leading(records, objective), ""
+    if len(chosen) < len(records):
         what = f"the best {len(chosen)} of {len(records):,}; 'golf-ray export' has all"
-        chosen.sort(key=lambda record: record["trial"])
     table, left_out = fitting_table(chosen, objective, page.console)
     page.table(table)
     if what:
@@ -77,17 +75,22 @@ def _print_table(page: Page, records: Sequence[Record], objective: str) -> None:
         page.row("no room for", ", ".join(left_out))
 
 
-def _leading(records: Sequence[Record], objective: str) -> list[Record]:
+def leading(records: Sequence[Record], objective: str) -> list[Record]:
+    """Those that a table has room for, in their order: all, or the best."""
     from golf_ray.results.standing import scored
     from golf_ray.sweeps.finalists import ranked
 
     best = ranked(scored(records, objective), objective)
     first = {record["trial"] for record in best}
-    return [*best, *(record for record in records if record["trial"] not in first)]
+    chosen = [*best, *(record for record in records if record["trial"] not in first)]
+    return sorted(chosen[:MOST_TRIALS], key=lambda record: int(record["trial"]))
 
 
 def _print_best(page: Page, account: SweepAccount) -> None:
     look, best = account.look, account.look.best
+    if account.plan.get("labels"):
+        page.row("best", "a confirmation: compare means over its seeds, and not single trials")
+        return
     if best is None:
         page.row("best", "no trial is done and within the limits")
         return

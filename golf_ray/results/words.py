@@ -79,7 +79,8 @@ def measured(record: Record) -> str:
     """A finalist's score on everything."""
     final = record["final"]
     size = f"{final['total_bytes']:,} bytes" + ("" if final["fits"] else ", OVER THE LIMIT")
-    return f"trial {record['trial']}: measured on everything, {final['ttt_bpb']:.5f} bpb, {size}"
+    score = f"{final['ttt_bpb']:.5f} bpb with TTT"
+    return f"trial {record['trial']}: measured on everything, {score}, {size}"
 
 
 def time_left(look: Look) -> str | None:

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 
 
 def ranked(records: Sequence[dict[str, Any]], objective: str) -> list[dict[str, Any]]:
-    """Trials that may be the best, the best first: done, and within the limits."""
+    """Trials that may be the best, the best first: done, and within the limits, also as measured
+    where they were."""
     good = [
         r
         for r in records
-        if r["status"] == "done" and all(v <= 0 for v in r["constraints"].values())
+        if r["status"] == "done"
+        and all(v <= 0 for v in r["constraints"].values())
+        and (r.get("final") or {}).get("fits", True)
     ]
     return sorted(good, key=lambda r: (r["values"][objective], r["trial"]))
 

@@ -79,7 +79,8 @@ def screen_table(frame: pd.DataFrame, objective: str = "ttt_bpb") -> Table:
     for title in ("train\nbpb", "int6\nbpb", "TTT\nbpb", "KB", "train-\ning"):
         table.add_column(title, justify="right")
     done = frame[frame["status"] == "done"]
-    done = done[done["fits"].fillna(True) & done[objective].notna()]
+    fits = done["fits"].fillna(True) & done["final_fits"].fillna(True)
+    done = done[fits & done[objective].notna()]
     best = int(done.loc[done[objective].idxmin(), "trial"]) if len(done) else None
     for row in frame.to_dict("records"):
         cells = [str(row["trial"])]
