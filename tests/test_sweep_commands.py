@@ -28,4 +28,5 @@ def test_what_status_tells_is_understood_where_it_was_told(
 
 def test_no_key_of_a_storage_is_told() -> None:
     told = command("confirm", "best of all", "s3://me:secret@bucket/golf?region=eu", "--top 1")
-    assert told == "golf-ray confirm 'best of all' --top 1 --storage s3://bucket/golf"
+    place = "'s3://KEY:SECRET@bucket/golf?region=eu'"
+    assert told == f"golf-ray confirm 'best of all' --top 1 --storage {place}"

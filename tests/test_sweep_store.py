@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from golf_ray.errors import TrainingFailed
+from golf_ray.errors import StorageError, TrainingFailed
 from golf_ray.sweeps.store import DONE_FILE, StageFailed, StageStore
 from trainers import claims as claims_module
 from trainers.claims import Claims
@@ -113,6 +113,36 @@ def test_a_claim_elsewhere_goes_stale_when_it_no_longer_changes(
     with claim:
         assert Claims(storage, "another").take() is None
     assert storage.names() == []
+
+
+def test_a_claim_that_nobody_keeps_up_blocks_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(tmp_path)
+    looks = iter([False, True])
+    mine = Claims(storage, "me")
+    before = mine._others
+
+    def failing(**how: Any) -> bool:
+        if next(looks):
+            raise StorageError("the network is down")
+        return before(**how)
+
+    monkeypatch.setattr(mine, "_others", failing)
+    with pytest.raises(StorageError, match="network"):
+        mine.take()
+    assert storage.names() == []
+    # Of a process that lives, and that does not beat.
+    monkeypatch.setattr(claims_module, "STALE_S", 0.5)
+    left = Claims(storage, "left")
+    storage.write_bytes(left._name, json.dumps(left._content).encode())
+    other = Claims(storage, "other")
+    assert other.take() is None and other.is_sure
+    time.sleep(0.6)
+    claim = other.take()
+    assert claim is not None
+    with claim:
+        assert len(storage.names()) == 1
 
 
 def test_at_most_one_holds_a_claim(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from golf_ray.config import Config
 from golf_ray.presets import TINY
 from golf_ray.sweeps import keys, stages
 from golf_ray.sweeps.finalists import final_of, ranked
-from golf_ray.sweeps.rooms import LocalRooms
+from golf_ray.sweeps.rooms import LocalRooms, SweepStopped
 from golf_ray.sweeps.store import StageStore
 from golf_ray.sweeps.trial import TrialSpec, outcome_of, read_record, run_trial
 from trainers.storage import Storage
@@ -126,6 +126,22 @@ def test_a_stage_that_fails_makes_a_record_and_no_error(tmp_path: Path) -> None:
     assert stored is not None and stored["status"] == "failed"
     again = run(spec(1), tmp_path)
     assert again["status"] == "done" and again["attempts"] == 2
+
+
+def test_a_sweep_that_is_stopped_fails_no_trial_and_no_stage(tmp_path: Path) -> None:
+    class Stopping(CountingRooms):
+        def light(self, stage: str, **arguments: Any) -> dict[str, Any]:
+            if stage == "quantize":
+                raise SweepStopped
+            return super().light(stage, **arguments)
+
+    record = run(spec(1), tmp_path, Stopping())
+    assert (record["status"], record["stage"]) == ("interrupted", "quantize")
+    assert record["ended_unix_s"] is None and not list(tmp_path.rglob("failed.json"))
+    rooms = CountingRooms()
+    again = run(spec(1), tmp_path, rooms)
+    assert again["status"] == "done" and rooms.computed == ["quantize", "evaluate"]
+    assert [span["stage"] for span in again["spans"]].count("calibrate") == 1
 
 
 def test_several_checkpoints_are_averaged_over(tmp_path: Path) -> None:

@@ -97,7 +97,14 @@ class Claims:
         if self._others():
             return None
         self._storage.write_bytes(self._name, json.dumps(self._content).encode())
-        if self._others():
+        try:
+            others = self._others()
+        except StorageError:
+            # Nobody beats for it.
+            with contextlib.suppress(StorageError):
+                self._storage.remove(self._name)
+            raise
+        if others:
             self._storage.remove(self._name)
             # Two who meet again and again would never get anywhere.
             time.sleep(random.uniform(0.0, 0.5))
@@ -145,9 +152,10 @@ class Claims:
             before = self._seen[name]
         content = _parsed(data)
         mine = _process()
+        quiet = now_s - before[1] > STALE_S
         if content.get("host") == mine["host"]:
-            return not _is_running(content.get("pid"), content.get("started_unix_s"))
-        return now_s - before[1] > STALE_S
+            return quiet or not _is_running(content.get("pid"), content.get("started_unix_s"))
+        return quiet
 
 
 def claims_of_drivers(folder: Storage, who: str) -> Claims:

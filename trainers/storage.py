@@ -55,7 +55,7 @@ class Storage:
         text = str(uri)
         if "://" not in text:
             text = str(Path(text).expanduser().absolute())
-        base, query = _split(text)
+        base, query = split_uri(text)
         self._base = base.rstrip("/") or "/"
         self._query = query
         self.uri = self._base + query
@@ -231,11 +231,11 @@ def parse_lines(data: bytes) -> list[Any]:
 
 def shown(uri: str) -> str:
     """A path or URI as people may see it: without keys and without the file system's options."""
-    base, _ = _split(uri)
+    base, _ = split_uri(uri)
     return _USER.sub(r"\1", base)
 
 
-def _split(uri: str) -> tuple[str, str]:
+def split_uri(uri: str) -> tuple[str, str]:
     """A URI before its query, and the query with its question mark; a path has none."""
     base, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
     return base, mark + query
@@ -248,7 +248,7 @@ def _resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
         # A query is a language of pyarrow's own.
-        known = None if _split(uri)[1] else _from_fsspec(uri)
+        known = None if split_uri(uri)[1] else _from_fsspec(uri)
         if known is not None:
             return known
         raise StorageError(

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(argv: Sequence[str]) -> int:
     """Run a command and return its exit status; errors are printed."""
     debug = "--debug" in argv
+    # Ray would start a cluster by itself for a thread of Tune's that outlives the connection.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     try:
         with warnings.catch_warnings():
             if not debug and not sys.warnoptions:

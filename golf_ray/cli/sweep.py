@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,6 @@ from golf_ray.cli.options import (
 from golf_ray.cli.output import count, duration, number_of, print_json, progress_bar
 from golf_ray.errors import UsageError
 from golf_ray.sweeps import DEFAULT_STORAGE
-from golf_ray.sweeps.commands import command
 
 if TYPE_CHECKING:
     from golf_ray.sweeps.plan import SweepPlan
@@ -62,7 +62,12 @@ def sweep(
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="NAME", help="Go on with a sweep that was interrupted."),
+        typer.Option(
+            "--resume",
+            metavar="NAME",
+            help="Go on with a sweep as it was planned; --max-gpu-hours, --max-hours and "
+            "--concurrent may be given anew.",
+        ),
     ] = None,
     name: Annotated[
         str | None,
@@ -254,6 +259,13 @@ def sweep(
         raise UsageError("a sweep needs a space, or --resume NAME", "give one of the two")
     if resume is not None:
         plan = read_plan(storage, resume)
+        # How much may be spent, and how wide, is not what the sweep is.
+        if max_gpu_hours is not None:
+            plan = replace(plan, max_gpu_hours=max_gpu_hours)
+        if max_hours is not None:
+            plan = replace(plan, max_hours=max_hours)
+        if concurrent is not None:
+            plan = replace(plan, max_concurrent=concurrent)
     else:
         assert space is not None
         carried = None if options.has_base else carried_config(checkpoint or [])
@@ -291,6 +303,7 @@ def run(
     plan: SweepPlan, address: str | None, *, resume: bool, quiet: bool, price: float | None = None
 ) -> SweepOutcome:
     """Run a sweep with a bar; a line for each trial that ends."""
+    from golf_ray.sweeps.commands import command
     from golf_ray.sweeps.progress import SweepWatch
     from golf_ray.sweeps.runner import connected_for, run_sweep
 

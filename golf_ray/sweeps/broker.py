@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 from golf_ray.resources import Bundle, Node, Placement, cluster_nodes
 from golf_ray.sweeps.placement import Kind, Request, Worker, decide
+from golf_ray.sweeps.rooms import SweepStopped
 from golf_ray.sweeps.workers import LightWorker
 
 TICK_S = 0.05
@@ -151,6 +152,9 @@ class Broker:
         if not self._waiting:
             return
         settled = time.monotonic() - self._changed_s > SETTLE_S
+        if not settled and any(w.request.kind != "light" for w in self._waiting.values()):
+            # Whether light work would be in its way is seen then.
+            return
         pending = [lease.request for lease in self._leases.values() if not lease.placed]
         requests = [w.request for w in self._waiting.values()]
         # A worker that is idle can be handed on at once; what was freed shows a little later.
@@ -241,17 +245,26 @@ class BrokerClient:
     def room(
         self, kind: Kind, bundles: Sequence[Bundle], placement: Placement
     ) -> Iterator[Granted]:
-        """Room for bundles, which the block's own actors take; call `placed` once they have."""
+        """Room for bundles, which the block's own actors take; call `placed` once they have.
+
+        Raises:
+            SweepStopped: the sweep was stopped.
+        """
         began_s = time.monotonic()
-        number, worker = ray.get(
-            self._broker.request.remote(self._owner, kind, list(bundles), placement)
-        )
+        try:
+            number, worker = ray.get(
+                self._broker.request.remote(self._owner, kind, list(bundles), placement)
+            )
+        except RayActorError:
+            raise SweepStopped from None
         self.waited_s += time.monotonic() - began_s
         granted = Granted(broker=self._broker, number=number, worker=worker)
         try:
             yield granted
         finally:
-            ray.get(self._broker.release.remote(number, broken=granted.broken))
+            # One that is gone has taken the lease with it, and the next request says so.
+            with contextlib.suppress(RayActorError):
+                ray.get(self._broker.release.remote(number, broken=granted.broken))
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from golf_ray.sweeps import DEFAULT_STORAGE
-from trainers.storage import shown
+from trainers.storage import shown, split_uri
 
 
 def command(words: str, name: str, storage: str, *more: str) -> str:
@@ -28,6 +28,9 @@ def command(words: str, name: str, storage: str, *more: str) -> str:
 
 def _short(storage: str) -> str:
     if "://" in storage:
-        return shown(storage)
+        base, query = split_uri(storage)
+        hidden = shown(base)
+        keys = "KEY:SECRET@" if hidden != base else ""
+        return hidden.replace("://", f"://{keys}", 1) + query
     path, here = Path(storage), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)

@@ -44,6 +44,7 @@ def finish(plan: SweepPlan, broker: Any, tell: Callable[[str], None]) -> None:
         GolfRayError: an artifact cannot be written or scored.
     """
     import ray
+    from ray.exceptions import RayTaskError
 
     places = plan.finalists
     for record in ranked(read_records(plan.trials_folder), plan.objectives[0]):
@@ -52,21 +53,32 @@ def finish(plan: SweepPlan, broker: Any, tell: Callable[[str], None]) -> None:
         if "final" not in record:
             tell(f"trial {record['trial']}: writing its artifact, and scoring it on everything")
             task = ray.remote(_finish_on_cluster).options(num_cpus=0)
-            record = ray.get(task.remote(plan, record, broker))
+            try:
+                record = ray.get(task.remote(plan, record, broker))
+            except RayTaskError as error:
+                # Its own words are one line; Ray's are a traceback.
+                raise error.cause from None
         places -= bool(record["final"]["fits"])
 
 
 def _finish_on_cluster(plan: SweepPlan, record: dict[str, Any], broker: Any) -> dict[str, Any]:
+    import ray
+
     from golf_ray.sweeps.broker import BrokerClient
     from golf_ray.sweeps.rooms import ClusterRooms
 
     number = record["trial"]
+    # What an earlier process of this task held, which was lost.
+    ray.get(broker.forget.remote(number))
     # Its own trial is over, so its number is free.
     rooms = ClusterRooms(BrokerClient(broker, number))
     store = StageStore(plan.stages_folder, who=f"{plan.name}/trial {number}")
-    record["final"] = final_of(plan, record, store, rooms)
-    data = json.dumps(record, indent=2) + "\n"
-    plan.trials_folder.write_bytes(record_name(number), data.encode())
+    try:
+        record["final"] = final_of(plan, record, store, rooms)
+    finally:
+        # What it held is told also where it came to nothing.
+        data = json.dumps(record, indent=2) + "\n"
+        plan.trials_folder.write_bytes(record_name(number), data.encode())
     return record
 
 

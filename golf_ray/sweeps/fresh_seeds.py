@@ -84,6 +84,8 @@ def plan_confirmation(
         max_concurrent=None,
         max_gpu_hours=None,
         max_hours=None,
+        # Seeds that are ended where they stand badly would leave the lucky ones.
+        prune=False,
     )
 
 

@@ -21,6 +21,10 @@ LIGHT_TRIES = 3
 """Workers that may be lost under one light stage."""
 
 
+class SweepStopped(Exception):
+    """The sweep that a trial is of was stopped: no fault of the trial's, nor of its stages."""
+
+
 class Rooms(Protocol):
     """What a trial asks for."""
 

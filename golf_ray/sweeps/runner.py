@@ -11,19 +11,21 @@ broker, so that a cluster smaller than all trials together is shared and not loc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from golf_ray.errors import StorageError
+from golf_ray.errors import ClusterError, StorageError
 from golf_ray.records import make_folder
+from golf_ray.resources import Bundle, cluster_nodes, fits
 from golf_ray.results.schema import FINAL
 from golf_ray.results.timeline import gpu_hours
 from golf_ray.sweeps import finalists
@@ -31,6 +33,7 @@ from golf_ray.sweeps.broker import BrokerClient, broker_of
 from golf_ray.sweeps.plan import SweepPlan
 from golf_ray.sweeps.points import PointsSearch
 from golf_ray.sweeps.rooms import ClusterRooms
+from golf_ray.sweeps.samplers import make_sampler, require_groups
 from golf_ray.sweeps.search import StagedOptunaSearch
 from golf_ray.sweeps.store import StageStore
 from golf_ray.sweeps.study import agree, has_study, open_study, reconcile
@@ -85,6 +88,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, tell: Tell | None = None
     began_s = time.monotonic()
     tell = tell or (lambda line: None)
     if not resume:
+        _require_sampler(plan)
         plan.write()
     with driving(plan.folder, f"sweep '{plan.name}'", tell), contextlib.ExitStack() as stack:
         _require_room(plan)
@@ -97,9 +101,11 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, tell: Tell | None = None
             study = stack.enter_context(_study(plan, create=not resume))
             _run_search(plan, study, broker, budget, tell)
             disagreements = agree(study, read_records(plan.trials_folder), plan.objectives)
+        # Also for one whose finalists cannot be measured.
+        _write_tables(plan)
         finalists.finish(plan, broker, tell)
+        _write_tables(plan)
         records = read_records(plan.trials_folder)
-        write_tables(trials_frame(records, plan.name), plan.folder)
     count = {status: sum(r["status"] == status for r in records) for status in FINAL}
     return SweepOutcome(
         num_done=count["done"],
@@ -112,12 +118,18 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, tell: Tell | None = None
     )
 
 
+def _write_tables(plan: SweepPlan) -> None:
+    write_tables(trials_frame(read_records(plan.trials_folder), plan.name), plan.folder)
+
+
 def _run_search(plan: SweepPlan, study: Any, broker: Any, budget: _Budget, tell: Tell) -> None:
     """Run the trials that Optuna chooses."""
     records = read_records(plan.trials_folder)
-    state = reconcile(study, records, plan.space, plan.objectives)
+    state = reconcile(
+        study, records, plan.space, plan.objectives, plan.training_knobs, plan.group_size
+    )
     for number, reason in state.failed.items():
-        _close_record(plan, number, {}, reason)
+        _close_record(plan, number, dict(study.trials[number - 1].params), reason)
     if records:
         tell(f"{state.num_finished} trials are done, {len(state.rerun)} were interrupted")
     missing = plan.num_trials - state.num_finished
@@ -134,7 +146,7 @@ def _run_search(plan: SweepPlan, study: Any, broker: Any, budget: _Budget, tell:
             rerun=state.rerun,
             may_start=budget.may_start,
         )
-        _fit(plan, search, broker, missing)
+        _fit(plan, search, broker, missing, budget)
 
 
 def _run_points(plan: SweepPlan, broker: Any, budget: _Budget) -> None:
@@ -146,7 +158,7 @@ def _run_points(plan: SweepPlan, broker: Any, budget: _Budget) -> None:
         if number not in done
     ]
     if missing:
-        _fit(plan, PointsSearch(missing, budget.may_start), broker, len(missing))
+        _fit(plan, PointsSearch(missing, budget.may_start), broker, len(missing), budget)
 
 
 def spec_of(plan: SweepPlan, number: int, knobs: dict[str, Any]) -> TrialSpec:
@@ -166,8 +178,6 @@ def spec_of(plan: SweepPlan, number: int, knobs: dict[str, Any]) -> TrialSpec:
 def concurrent_trials(plan: SweepPlan) -> int:
     """Trials at a time: those that share the trainings that fit side by side, or, where nothing is
     trained, one for each worker."""
-    from golf_ray.resources import cluster_nodes, fits
-
     if plan.max_concurrent is not None:
         return plan.max_concurrent
     most = min(plan.num_trials, MOST_CONCURRENT)
@@ -181,7 +191,7 @@ def concurrent_trials(plan: SweepPlan) -> int:
 
 def trainings_at_once(plan: SweepPlan) -> int:
     """Trainings that run side by side on the connected cluster."""
-    from golf_ray.resources import cluster_nodes, fits, training_bundles
+    from golf_ray.resources import training_bundles
 
     nodes, unit, bundles = cluster_nodes(), _unit(plan), training_bundles(plan.base)
     most = min(plan.num_trials, MOST_CONCURRENT)
@@ -255,7 +265,8 @@ def _study(plan: SweepPlan, *, create: bool) -> Iterator[Any]:
     local = plan.folder.local
     if local is not None:
         url = f"sqlite:///{make_folder(local) / DATABASE}"
-        new = create or not (local / DATABASE).exists()
+        # A driver may have been killed between making the file and the study in it.
+        new = create or not has_study(plan.name, url)
         yield open_study(plan.name, url, directions=directions, create=new)
         return
     with tempfile.TemporaryDirectory(prefix="golf-ray-") as folder:
@@ -270,6 +281,14 @@ def _unit(plan: SweepPlan) -> dict[str, float]:
     return dict(evaluation_bundles(plan.base, 1)[0])
 
 
+def _require_sampler(plan: SweepPlan) -> None:
+    """See that the sampler can serve the search, before the sweep has its name."""
+    if not plan.points:
+        num_objectives = len(plan.objectives)
+        make_sampler(plan.sampler, seed=plan.seed, number=1, num_objectives=num_objectives)
+        require_groups(plan.sampler, plan.group_size)
+
+
 def _require_room(plan: SweepPlan) -> None:
     """See that the cluster can hold what a trial takes at its largest."""
     from golf_ray.resources import evaluation_bundles, require_resources, training_bundles
@@ -277,7 +296,22 @@ def _require_room(plan: SweepPlan) -> None:
     if plan.num_trainings:
         bundles = training_bundles(plan.base)
         require_resources(bundles, plan.base.cluster.placement, what="a training")
+        _require_room_for_trials(plan, bundles)
     require_resources(evaluation_bundles(plan.base), what="an evaluation")
+
+
+def _require_room_for_trials(plan: SweepPlan, bundles: Sequence[Bundle]) -> None:
+    """See that trainings leave trials' own processes something: Ray would wait for ever."""
+    nodes = []
+    for node in cluster_nodes():
+        cpus = node.resources.get("CPU", 0.0) - TRIAL_CPUS * MOST_CONCURRENT
+        nodes.append(dataclasses.replace(node, resources={**node.resources, "CPU": cpus}))
+    if not fits(nodes, bundles, plan.base.cluster.placement):
+        raise ClusterError(
+            f"a training of {plan.base.cluster.num_workers} workers takes all CPUs that it can "
+            f"have, and trials' own processes need {TRIAL_CPUS * MOST_CONCURRENT:g} beside it",
+            "lower cluster.cpus_per_worker a little",
+        )
 
 
 class _Budget:
@@ -286,8 +320,12 @@ class _Budget:
     def __init__(self, plan: SweepPlan, began_s: float) -> None:
         self._plan = plan
         self._began_s = began_s
+        self.stopped = threading.Event()
+        """Set once the sweep is left: nothing is begun or written any more."""
 
     def may_start(self) -> bool:
+        if self.stopped.is_set():
+            return False
         plan = self._plan
         hours = (time.monotonic() - self._began_s) / 3600
         if plan.max_hours is not None and hours >= plan.max_hours:
@@ -298,7 +336,7 @@ class _Budget:
         return gpu_hours(records) < plan.max_gpu_hours
 
 
-def _fit(plan: SweepPlan, search: Any, broker: Any, missing: int) -> None:
+def _fit(plan: SweepPlan, search: Any, broker: Any, missing: int, budget: _Budget) -> None:
     from ray import tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -320,10 +358,14 @@ def _fit(plan: SweepPlan, search: Any, broker: Any, missing: int) -> None:
                 storage_path=folder,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=TRIAL_RESTARTS),
-                callbacks=[_lost_trials(plan, broker)],
+                callbacks=[_lost_trials(plan, broker, budget)],
             ),
         )
-        _interruptible(tuner.fit)
+        try:
+            _interruptible(tuner.fit)
+        except BaseException:
+            budget.stopped.set()
+            raise
 
 
 def _interruptible(run: Callable[[], Any]) -> None:
@@ -358,12 +400,14 @@ def _trainable(point: dict[str, Any], plan: SweepPlan, broker: Any) -> dict[str,
     return outcome_of(run_trial(spec, store, plan.trials_folder, rooms))
 
 
-def _lost_trials(plan: SweepPlan, broker: Any) -> Any:
+def _lost_trials(plan: SweepPlan, broker: Any, budget: _Budget) -> Any:
     """A Tune callback that sees to trials whose processes were lost once too often."""
     from ray import tune
 
     class LostTrials(tune.Callback):
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            if budget.stopped.is_set():
+                return
             number = int(trial.config["trial"])
             broker.forget.remote(number)
             reason = f"its process was lost {TRIAL_RESTARTS + 1} times"

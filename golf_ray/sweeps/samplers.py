@@ -32,6 +32,18 @@ def draw_seed(seed: int, number: int, draw: int = 0) -> int:
     return int.from_bytes(digest[:4], "little")
 
 
+def require_groups(name: str, group_size: int) -> None:
+    """See that a sampler can serve trials that share a training.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if name == "cmaes" and group_size > 1:
+        # It draws all knobs or none: trials with some of them given would be random.
+        raise ConfigError("sampler 'cmaes' cannot share trainings between trials",
+                          "use 1 evaluation per training, or another sampler")  # fmt: skip
+
+
 def make_sampler(
     name: str, *, seed: int, number: int, draw: int = 0, num_objectives: int = 1
 ) -> samplers.BaseSampler:

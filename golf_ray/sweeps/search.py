@@ -22,9 +22,8 @@ import optuna
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from golf_ray.errors import ConfigError
 from golf_ray.results.schema import NOT_FINAL
-from golf_ray.sweeps.samplers import SAMPLERS, make_sampler
+from golf_ray.sweeps.samplers import SAMPLERS, make_sampler, require_groups
 from golf_ray.sweeps.space import Space
 from golf_ray.sweeps.study import (
     Point,
@@ -107,10 +106,7 @@ class StagedOptunaSearch(OptunaSearch):
         self._numbers: dict[str, int] = {}
         name_objectives(study, self._objectives)
         self._make_sampler(number=1)
-        if sampler == "cmaes" and self._group_size > 1:
-            # It draws all knobs or none: trials with some of them given would be random.
-            raise ConfigError("sampler 'cmaes' cannot share trainings between trials",
-                              "use 1 evaluation per training, or another sampler")  # fmt: skip
+        require_groups(sampler, self._group_size)
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial's number and knobs, or `Searcher.FINISHED`."""

@@ -20,7 +20,7 @@ from golf_ray.api.weights import FINAL_FILE, StoredWeights
 from golf_ray.config import Config
 from golf_ray.records import make_folder
 from golf_ray.sweeps.store import local_copy
-from trainers.storage import Storage, parse_lines
+from trainers.storage import Storage, parse_lines, split_uri
 
 if TYPE_CHECKING:
     import numpy as np
@@ -234,8 +234,9 @@ def file_of(place: str) -> Path:
     """A file by its path or by its URI, on this machine."""
     if "://" not in place:
         return Path(place)
-    folder, _, name = place.rpartition("/")
-    return local_copy(Storage(folder), name)
+    base, query = split_uri(place)
+    folder, _, name = base.rpartition("/")
+    return local_copy(Storage(folder + query), name)
 
 
 def write_codes(folder: str, codes: QuantizedState) -> None:

@@ -265,6 +265,8 @@ def reconcile(
     records: Sequence[Mapping[str, Any]],
     space: Space,
     objectives: Sequence[str],
+    training_knobs: Sequence[str] = (),
+    group_size: int = 1,
 ) -> Reconciled:
     """Set a study right after an interruption, by the records. A second time changes nothing.
 
@@ -273,23 +275,17 @@ def reconcile(
         records: all that there are.
         space: of the sweep.
         objectives: of the sweep.
+        training_knobs: knobs that a training depends on.
+        group_size: trials that share them.
 
     Raises:
-        StorageError: study and records say different things that Optuna cannot unsay, or a number
-            is in neither.
+        StorageError: study and records say different things that Optuna cannot unsay.
     """
     by_number = _by_number(records)
     name_objectives(study, objectives)
     _start_waiting(study)
     trials = study.get_trials(deepcopy=False)
     lost = range(len(trials) + 1, max(by_number, default=0) + 1)
-    for number in lost:
-        if number not in by_number:
-            raise StorageError(
-                f"trial {number} is neither in study '{study.study_name}' nor has it a record, "
-                "though later ones have",
-                "restore its record or the study",
-            )
     for trial in trials:
         record = by_number.get(trial.number + 1)
         line = _disagreement(trial, record, objectives)
@@ -311,7 +307,17 @@ def reconcile(
             knobs = trial.params if record is None else record["knobs"]
             rerun.append(Point(number=number, knobs=dict(knobs)))
     for number in lost:
-        record = by_number[number]
+        record = by_number.get(number)
+        if record is None:
+            # It was begun beside later ones and killed before it wrote anything; its training is
+            # that of its group all the same.
+            study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"number": number}))
+            group = (number - 1) // group_size
+            mates = [r["knobs"] for n, r in by_number.items() if (n - 1) // group_size == group]
+            given = mates[0] if mates else {}
+            knobs = {knob: given[knob] for knob in training_knobs if knob in given}
+            rerun.append(Point(number=number, knobs=knobs))
+            continue
         _add(study, number, record, space, objectives)
         if not _is_final(record):
             rerun.append(Point(number=number, knobs=dict(record["knobs"])))

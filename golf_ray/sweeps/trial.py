@@ -24,10 +24,10 @@ from golf_ray.config import Config
 from golf_ray.errors import GolfRayError, TrainingPruned
 from golf_ray.provenance import provenance
 from golf_ray.results.records import parse_record
-from golf_ray.results.schema import SCHEMA
+from golf_ray.results.schema import FINAL, SCHEMA
 from golf_ray.results.timeline import gpu_seconds
 from golf_ray.sweeps import keys
-from golf_ray.sweeps.rooms import Rooms
+from golf_ray.sweeps.rooms import Rooms, SweepStopped
 from golf_ray.sweeps.space import stage_of
 from golf_ray.sweeps.spans import noted
 from golf_ray.sweeps.store import StageOutput, StageStore
@@ -159,16 +159,18 @@ def run_trial(spec: TrialSpec, store: StageStore, records: Storage, rooms: Rooms
         status, reason = trial.run()
     except TrainingPruned as error:
         status, reason = "pruned", error.problem
+    except SweepStopped:
+        status, reason = "interrupted", "the sweep was stopped"
     except Exception as error:
         status, reason = "failed", reason_of(error)
-    if status != "failed":
+    if status in FINAL and status != "failed":
         # What an unforeseen error broke off has stages without a time.
         trial.account()
     record.update(
         status=status,
         reason=reason,
-        stage=record.data["stage"] if status == "failed" else None,
-        ended_unix_s=time.time(),
+        stage=record.data["stage"] if status in ("failed", "interrupted") else None,
+        ended_unix_s=time.time() if status in FINAL else None,
     )
     return record.data
 
@@ -268,7 +270,6 @@ class _Trial:
         found = output.result
         self.record.phases(**{name: found[f"{name}_s"] for name in ("start", "compile", "elapsed")})
         self.record.update(
-            stage="quantize",
             trained=mine,
             train_s=found["wall_s"] if mine else 0.0,
             train_gpu_s=self._gpu_s(found["wall_s"], found["num_workers"]) if mine else 0.0,
@@ -322,6 +323,7 @@ class _Trial:
         spec = self.spec
         config = spec.config_of("train", "quantize")
         calibration = keys.calibration_key(config, name, spec.data)
+        self.record.update(stage="calibrate")
         hessians, mine = self._obtain(
             "calibrate",
             calibration,
@@ -329,6 +331,7 @@ class _Trial:
                 "calibrate", config=config, weights=weights, folder=folder.uri
             ),
         )
+        self.record.update(stage="quantize")
         self._add("calibrate_s", hessians.result["calibrate_s"] if mine else 0.0)
         key = keys.quantization_key(
             config, hessians.fingerprint, keys.documents_of(config, spec.data)
@@ -412,7 +415,7 @@ class _Trial:
         self.record.data.setdefault("evaluations", []).append(output.name)
         wall_s = output.result["wall_s"] if mine else 0.0
         self._add("evaluate_s", wall_s)
-        actors = output.result.get("actor_seconds")
+        actors = output.result.get("actor_seconds") if mine else None
         self._add("evaluate_gpu_s", self._gpu_s(wall_s if actors is None else actors, 1))
         self.record.phases(ttt=output.result["wall_s"])
         return output.result
@@ -427,6 +430,10 @@ class _Trial:
         def timed(folder: Storage) -> dict[str, Any]:
             nonlocal worked_s
             started_s = time.monotonic()
+            if self.record.data.pop("waits_for", None) is not None:
+                # Who was waited for is gone without it.
+                self.record.phases(shared_wait=started_s - began_s)
+                self.record.write()
             result: dict[str, Any] = {}
             spans = self.record.data["spans"]
             with noted(spans, stage, self.spec.config, self.rooms, result):
