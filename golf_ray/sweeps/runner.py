@@ -18,6 +18,7 @@ import math
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,9 @@ TRIAL_RESTARTS = 2
 """Times that a trial whose process is lost is run again."""
 MOST_CONCURRENT = 32
 DATABASE = "optuna.db"
+
+_LEFT: set[str] = set()
+"""Budgets of sweeps that were left; Tune copies what it is given, and a copy knows by this."""
 
 Tell = Callable[[str], None]
 
@@ -320,11 +324,19 @@ class _Budget:
     def __init__(self, plan: SweepPlan, began_s: float) -> None:
         self._plan = plan
         self._began_s = began_s
-        self.stopped = threading.Event()
-        """Set once the sweep is left: nothing is begun or written any more."""
+        self._id = uuid.uuid4().hex
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the sweep was left: nothing is begun or written for it any more."""
+        return self._id in _LEFT
+
+    def stop(self) -> None:
+        """Leave the sweep."""
+        _LEFT.add(self._id)
 
     def may_start(self) -> bool:
-        if self.stopped.is_set():
+        if self.stopped:
             return False
         plan = self._plan
         hours = (time.monotonic() - self._began_s) / 3600
@@ -364,7 +376,7 @@ def _fit(plan: SweepPlan, search: Any, broker: Any, missing: int, budget: _Budge
         try:
             _interruptible(tuner.fit)
         except BaseException:
-            budget.stopped.set()
+            budget.stop()
             raise
 
 
@@ -406,7 +418,7 @@ def _lost_trials(plan: SweepPlan, broker: Any, budget: _Budget) -> Any:
 
     class LostTrials(tune.Callback):
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            if budget.stopped.is_set():
+            if budget.stopped:
                 return
             number = int(trial.config["trial"])
             broker.forget.remote(number)
