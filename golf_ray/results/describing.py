@@ -26,12 +26,12 @@ SCORES: Final = ("val_bpb", "int6_bpb", "ttt_bpb", "ttt_loss_nats", "final_ttt_b
 """Columns of `trials` that are scores, which groups have means of."""
 
 TEXTS: Final = {
-    "ttt_bpb": "bytes_scored",
-    "ttt_loss_nats": "bytes_scored",
-    "int6_bpb": "int6_bytes_scored",
-    "val_bpb": "val_bytes_scored",
+    "ttt_bpb": ("tokens_scored", "bytes_scored"),
+    "ttt_loss_nats": ("tokens_scored", "bytes_scored"),
+    "int6_bpb": ("int6_tokens_scored", "int6_bytes_scored"),
+    "val_bpb": ("val_tokens_scored", "val_bytes_scored"),
 }
-"""Columns that say what text a score is of."""
+"""Columns that say what text a score is of: its tokens and its bytes."""
 
 COUNTS: Final = (
     Column(name="n", type="Int64", text="trainings of the group that have a trial that is done"),

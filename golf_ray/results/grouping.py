@@ -182,8 +182,8 @@ def mixed_texts(frame: pd.DataFrame, groups: pd.DataFrame) -> list[str]:
 
 def _texts(frame: pd.DataFrame, score: str) -> list[Any]:
     """What tells the texts of a score from one another: bytes scored; None where not known."""
-    column = TEXTS.get(score)
-    if column is None or column not in frame.columns:
+    _, column = TEXTS.get(score, ("", ""))
+    if column not in frame.columns:
         return [None] * len(frame)
     return [None if pd.isna(value) else int(value) for value in frame[column].tolist()]
 

@@ -88,8 +88,8 @@ def make_report(
 def _cautions(results: Results, trials: Trials) -> tuple[str, ...]:
     """What keeps scores that stand side by side from being compared."""
     told = []
-    column = TEXTS.get(trials.objective)
-    if column is not None:
+    if trials.objective in TEXTS:
+        _, column = TEXTS[trials.objective]
         texts = sorted(set(trials.scored()[column].dropna().astype(int)))
         if len(texts) > 1:
             sizes = ", ".join(f"{size:,}" for size in texts[:4])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from golf_ray.errors import UsageError, nearest
 from golf_ray.metric import LN2
 from golf_ray.results.comparing import Scores
+from golf_ray.results.describing import TEXTS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
 
 SCORES: Final = ("ttt_bpb", "int6_bpb", "val_bpb", "final_ttt_bpb")
 """What may be compared; of the first three the first that all sides have, where none is named."""
-_COUNTS: Final = {
-    "ttt_bpb": ("tokens_scored", "bytes_scored"),
-    "int6_bpb": ("int6_tokens_scored", "int6_bytes_scored"),
-    "val_bpb": ("val_tokens_scored", "val_bytes_scored"),
-}
-"""Columns that say what text a score is of."""
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -91,11 +86,11 @@ def require_same_text(sides: Sequence[Side], score: str) -> None:
     Raises:
         UsageError: they are of other numbers of bytes.
     """
-    if score not in _COUNTS:
+    if score not in TEXTS:
         return
     first: tuple[str, int] | None = None
     for side in sides:
-        for count in side.trials[_COUNTS[score][1]][side.trials[score].notna()].dropna().unique():
+        for count in side.trials[TEXTS[score][1]][side.trials[score].notna()].dropna().unique():
             if first is not None and first[1] != int(count):
                 raise UsageError(
                     f"{score} of {first[0]} is of {first[1]:,} bytes and that of {side.name} of "
@@ -123,9 +118,9 @@ def common_notes(sides: Sequence[Side], score: str) -> list[str]:
 
 
 def _bpb_per_nat(frame: pd.DataFrame, score: str) -> float | None:
-    if score not in _COUNTS:
+    if score not in TEXTS:
         return None
-    tokens, num_bytes = (frame[name].dropna() for name in _COUNTS[score])
+    tokens, num_bytes = (frame[name].dropna() for name in TEXTS[score])
     if not len(tokens) or not len(num_bytes) or not int(num_bytes.iloc[0]):
         return None
     return int(tokens.iloc[0]) / int(num_bytes.iloc[0]) / LN2
