@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from golf_ray.errors import GolfRayError, StorageError, UsageError
-from golf_ray.sweeps.search import StagedOptunaSearch
+from golf_ray.sweeps.search import KNOBS_KEY, TRIAL_KEY, StagedOptunaSearch
 from golf_ray.sweeps.space import Space
 from golf_ray.sweeps.study import Reconciled, agree, has_study, open_study, reconcile, told
 
@@ -269,6 +269,17 @@ def test_a_trial_that_left_no_trace_is_run_with_its_groups_training() -> None:
     assert [t.state.name for t in lost.get_trials()][2::2] == ["RUNNING", "RUNNING"]
     again = reconcile(lost, kept, SPACE, ONE, knobs, 2)
     assert {point.number for point in again.rerun} >= {3, 5}
+    search = StagedOptunaSearch(
+        space=SPACE, study=lost, training_knobs=knobs, evals_per_training=2, num_trials=6,
+        rerun=again.rerun,
+    )  # fmt: skip
+    for i, number in enumerate(sorted(point.number for point in again.rerun)):
+        suggested = search.suggest(f"t{i}")
+        assert suggested[TRIAL_KEY] == number
+        if number in (3, 5):
+            mate = by_number[number + 1]["knobs"]
+            assert suggested[KNOBS_KEY][knobs[0]] == mate[knobs[0]]
+            assert set(suggested[KNOBS_KEY]) == set(mate)
 
 
 def test_agree_says_what_is_not_in_the_study() -> None:

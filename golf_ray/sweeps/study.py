@@ -292,6 +292,13 @@ def reconcile(
         if line is not None:
             remedy = f"delete study '{study.study_name}' to have it built again from the records"
             raise StorageError(line, "restore the record" if record is None else remedy)
+
+    def given(number: int) -> dict[str, Any]:
+        """Knobs of a trial's training, by the records of others that share it."""
+        group = (number - 1) // group_size
+        mates = [r["knobs"] for n, r in by_number.items() if (n - 1) // group_size == group]
+        return {knob: mates[0][knob] for knob in training_knobs if mates and knob in mates[0]}
+
     rerun, failed = [], {}
     for trial in trials:
         number, record = trial.number + 1, by_number.get(trial.number + 1)
@@ -304,7 +311,7 @@ def reconcile(
         if record is not None and _is_final(record):
             tell(study, number, record, objectives)
         else:
-            knobs = trial.params if record is None else record["knobs"]
+            knobs = given(number) | trial.params if record is None else record["knobs"]
             rerun.append(Point(number=number, knobs=dict(knobs)))
     for number in lost:
         record = by_number.get(number)
@@ -312,11 +319,7 @@ def reconcile(
             # It was begun beside later ones and killed before it wrote anything; its training is
             # that of its group all the same.
             study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"number": number}))
-            group = (number - 1) // group_size
-            mates = [r["knobs"] for n, r in by_number.items() if (n - 1) // group_size == group]
-            given = mates[0] if mates else {}
-            knobs = {knob: given[knob] for knob in training_knobs if knob in given}
-            rerun.append(Point(number=number, knobs=knobs))
+            rerun.append(Point(number=number, knobs=given(number)))
             continue
         _add(study, number, record, space, objectives)
         if not _is_final(record):
