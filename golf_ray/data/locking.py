@@ -15,6 +15,7 @@ import errno
 import fcntl
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,10 @@ LOCK_NAME: Final = ".fetch.lock"
 POLL_S: Final = 0.2
 TRIES: Final = 100
 """To make a folder that others take away."""
+_MADE: Final[set[Path]] = set()
+"""Folders that were made for a lock of this process: the last to leave takes them away, whichever
+of its threads made them."""
+_FOLDERS: Final = threading.Lock()
 _HELD: Final = (errno.EAGAIN, errno.EACCES)
 
 
@@ -40,7 +45,6 @@ def folder_lock(folder: Path, on_wait: Callable[[], None] | None = None) -> Iter
     Raises:
         StorageError: the folder cannot be made or written.
     """
-    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     path = folder / LOCK_NAME
     try:
         handle = _acquired(folder, path, on_wait or (lambda: None))
@@ -52,19 +56,18 @@ def folder_lock(folder: Path, on_wait: Callable[[], None] | None = None) -> Iter
         # Before it is let go of: who waits sees that its file is no longer the folder's.
         path.unlink(missing_ok=True)
         os.close(handle)
-        for empty in made:
-            with contextlib.suppress(OSError):
-                empty.rmdir()
+        _unmake(folder)
 
 
 def _acquired(folder: Path, path: Path, on_wait: Callable[[], None]) -> int:
     tries = 0
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            with _FOLDERS:
+                _make(folder)
+                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            # Whoever held the lock may just have taken the empty folder away.
+            # Another process that held the lock may just have taken the empty folder away.
             tries += 1
             if tries == TRIES:
                 raise
@@ -78,6 +81,23 @@ def _acquired(folder: Path, path: Path, on_wait: Callable[[], None]) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _make(folder: Path) -> None:
+    for path in reversed((folder, *folder.parents)):
+        with contextlib.suppress(FileExistsError):
+            if not path.is_dir():
+                path.mkdir()
+                _MADE.add(path)
+
+
+def _unmake(folder: Path) -> None:
+    with _FOLDERS:
+        for path in (folder, *folder.parents):
+            if path in _MADE:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+                    _MADE.discard(path)
 
 
 def _wait(handle: int, on_wait: Callable[[], None]) -> None:
