@@ -20,7 +20,7 @@ from golf_ray.results.curves import Curve
 from golf_ray.results.migration import Record
 from golf_ray.results.records import as_left, read_trials
 from trainers.claims import claims_of_drivers
-from trainers.storage import Storage, shown
+from trainers.storage import Storage, shown, split_uri
 
 Kind = Literal["trial", "run", "public", "ledger"]
 
@@ -204,10 +204,11 @@ def _read_sweep(place: Place, source: str, on_problem: OnProblem) -> Found:
     _complete(found.records, found.plan or {})
     stages = storage_of(place.storage).child(STAGES)
     makers = makers_of(found.records)
-    if found.records and any(r.get("training") or r.get("evaluations") for r in found.records):
-        if not stages.names():
-            on_problem(f"training curves and scores by document of {source}: {shown(stages.uri)} "
-                       "is not there")  # fmt: skip
+    told = any(r.get("training") or r.get("evaluations") for r in found.records)
+    if told and not stages.names():
+        on_problem(
+            f"training curves and scores by document of {source}: {shown(stages.uri)} is not there"
+        )
     found.curves = [
         Curve(storage=stages, name=f"{training}/run/{INTERVALS_FILE}", source=source,
               trial=trial, training=training)
@@ -331,17 +332,12 @@ def _is_file(storage: Storage) -> bool:
 
 def storage_of(sweep: Storage) -> Storage:
     """The storage that a sweep's folder `STORAGE/sweeps/NAME` is in."""
-    base, mark, query = sweep.uri, "", ""
-    if "://" in base:
-        base, mark, query = base.partition("?")
-    above = base.rpartition("/")[0].removesuffix(f"/{SWEEPS}")
-    return Storage((above or "/") + mark + query)
+    above, _ = _above(sweep)
+    return _above(above)[0] if above.name == SWEEPS else above
 
 
 def _above(storage: Storage) -> tuple[Storage, str]:
     """The folder that holds one, and its name there."""
-    base, mark, query = storage.uri, "", ""
-    if "://" in base:
-        base, mark, query = base.partition("?")
+    base, query = split_uri(storage.uri)
     above, _, name = base.rpartition("/")
-    return Storage((above or "/") + mark + query), name
+    return Storage((above or "/") + query), name
