@@ -186,12 +186,14 @@ def driving(folder: Storage, what: str, tell: Tell | None = None) -> Iterator[No
             tell(f"{what} was run on another host: seeing for {STALE_S:.0f} s if it still is")
             tell = None
         time.sleep(POLL_S)
-    with claim:
-        yield
-    if folder.local is not None:
-        # What is left of it says that somebody was killed.
-        with contextlib.suppress(OSError):
-            (folder.local / DRIVER).rmdir()
+    try:
+        with claim:
+            yield
+    finally:
+        if folder.local is not None:
+            # Also after an error: what is left of it says that somebody was killed.
+            with contextlib.suppress(OSError):
+                (folder.local / DRIVER).rmdir()
 
 
 def _process() -> dict[str, Any]:
