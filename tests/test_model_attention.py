@@ -93,6 +93,24 @@ def test_without_gradients_it_is_the_same(lengths: list[int], seed: int) -> None
     torch.testing.assert_close(found.double(), plain(*leaves, lengths), atol=1e-5, rtol=1e-5)
 
 
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=6), st.integers(1, 7))
+def test_blocks_hold_every_row_once_with_what_it_may_see(lengths: list[int], at_once: int) -> None:
+    total, seen = sum(lengths), {}
+    for query_NR, row_NS in attention._blocks(lengths, CPU, at_once):
+        for queries, rows in zip(query_NR.tolist(), row_NS.tolist(), strict=True):
+            assert rows[-len(queries) :] == queries
+            for place, row in enumerate(queries, len(rows) - len(queries)):
+                if row < total:
+                    assert row not in seen
+                    seen[row] = rows[: place + 1]
+    start = 0
+    for length in lengths:
+        for row in range(start, start + length):
+            assert seen.pop(row) == list(range(start, row + 1))
+        start += length
+    assert not seen
+
+
 def test_no_mask_of_all_pairs_is_built() -> None:
     """20,000 tokens in one buffer: all pairs would be 400 million, 1.6 GB in float32."""
     lengths = [500] * 40

@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -195,24 +197,41 @@ def _blocked(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, lengths: list[int]) ->
     torch's kernel cuts its work by the length it is given, so a row's last bits depend on where
     its segment ends. Here every call has a shape that only the row's place in its segment decides.
     """
-    T, size = q_THd.shape[0], BLOCK_ROWS
-    length_N = torch.tensor(lengths)
-    start_N = length_N.cumsum(0) - length_N
-    # Row T stands for what is behind a segment's end: zeros to read, nothing that is kept to write.
-    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (q_THd, k_THd, v_THd))
+    q, k, v = (_with_zero_row(t) for t in (q_THd, k_THd, v_THd))
     y = torch.empty_like(q)
-    for begin in range(0, max(lengths), size):
-        end = begin + size
-        live_N = length_N > begin
-        row_S = torch.arange(end)
-        row_NS = start_N[live_N, None] + row_S
-        row_NS = row_NS.where(row_S < length_N[live_N, None], T)
-        query_NS = row_NS[:, begin:]
-        q_NHSd, k_NHSd, v_NHSd = (t.transpose(1, 2) for t in (q[query_NS], k[row_NS], v[row_NS]))
-        mask = torch.ones(size, end, dtype=torch.bool).tril(begin)
-        y_NHSd = F.scaled_dot_product_attention(q_NHSd, k_NHSd, v_NHSd, attn_mask=mask)
-        y[query_NS] = y_NHSd.transpose(1, 2)
-    return y[:T]
+    for query_NR, row_NS in _blocks(lengths, q.device, len(lengths)):
+        R, S = query_NR.shape[1], row_NS.shape[1]
+        q_NHRd, k_NHSd, v_NHSd = (t.transpose(1, 2) for t in (q[query_NR], k[row_NS], v[row_NS]))
+        mask = torch.ones(R, S, dtype=torch.bool, device=q.device).tril(S - R)
+        y_NHRd = F.scaled_dot_product_attention(q_NHRd, k_NHSd, v_NHSd, attn_mask=mask)
+        y[query_NR] = y_NHRd.transpose(1, 2)
+    return y[: q_THd.shape[0]]
+
+
+def _with_zero_row(t_THd: Tensor) -> Tensor:
+    return F.pad(t_THd, (0, 0, 0, 0, 0, 1))
+
+
+def _blocks(
+    lengths: list[int], device: torch.device, at_once: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of 64 rows, each of `at_once` segments: places of its rows, and of all rows that these
+    may see, themselves last. Row T, one more than there are, stands for what is behind a segment's
+    end: zeros to read, nothing that is kept to write.
+    """
+    T = sum(lengths)
+    starts = itertools.accumulate(lengths, initial=0)
+    # The longest first: those that reach a block are the first so many.
+    ordered = sorted(zip(lengths, starts, strict=False), reverse=True)
+    for first in range(0, len(ordered), at_once):
+        some = ordered[first : first + at_once]
+        length_N1, start_N1 = torch.tensor(some, device=device).T.unsqueeze(2)
+        row_S = torch.arange(some[0][0] + BLOCK_ROWS, device=device)
+        row_NS = (start_N1 + row_S).where(row_S < length_N1, T)
+        for begin in range(0, some[0][0], BLOCK_ROWS):
+            live = sum(length > begin for length, _ in some)
+            seen_NS = row_NS[:live, : begin + BLOCK_ROWS]
+            yield seen_NS[:, begin:], seen_NS
 
 
 # For torch.compile: where segments lie is data, and one graph must hold for all data.
@@ -233,31 +252,31 @@ def _sdpa_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Inside of an op autograd does not record: the textbook's, a block of rows at a time.
-    dq, dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in (q, k, v))
-    start = 0
-    for length in segment_lengths(cu_seqlens):
-        for begin in range(start, start + length, BLOCK_ROWS):
-            rows = slice(begin, min(begin + BLOCK_ROWS, start + length))
-            seen = slice(start, rows.stop)
-            found = _block_backward(dout[rows], q[rows], k[seen], v[seen])
-            dq[rows] = found[0]
-            dk[seen] += found[1]
-            dv[seen] += found[2]
-        start += length
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    T = q.shape[0]
+    padded = [_with_zero_row(t) for t in (dout, q, k, v)]
+    dq, dk, dv = (torch.zeros_like(t, dtype=torch.float32) for t in padded[1:])
+    # A GPU wants much at a time; a processor's caches hold a segment's block.
+    at_once = len(cu_seqlens) if q.is_cuda else 1
+    for query_NR, row_NS in _blocks(segment_lengths(cu_seqlens), q.device, at_once):
+        places = query_NR, query_NR, row_NS, row_NS
+        found = _block_backward(*(t[rows] for t, rows in zip(padded, places, strict=True)))
+        dq[query_NR] = found[0]
+        dk[row_NS] += found[1]
+        dv[row_NS] += found[2]
+    return dq[:T].to(q.dtype), dk[:T].to(k.dtype), dv[:T].to(v.dtype)
 
 
 def _block_backward(
-    dout_RHd: Tensor, q_RHd: Tensor, k_SHd: Tensor, v_SHd: Tensor
+    dout_NRHd: Tensor, q_NRHd: Tensor, k_NSHd: Tensor, v_NSHd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the attention of R rows, the last of S that they may see."""
-    do, q, k, v = (t.float().transpose(0, 1) for t in (dout_RHd, q_RHd, k_SHd, v_SHd))
-    R, S, scale = q.shape[1], k.shape[1], q.shape[2] ** -0.5
+    do, q, k, v = (t.float().transpose(1, 2) for t in (dout_NRHd, q_NRHd, k_NSHd, v_NSHd))
+    R, S, scale = q.shape[2], k.shape[2], q.shape[3] ** -0.5
     future = torch.ones(R, S, dtype=torch.bool, device=q.device).triu(S - R + 1)
     p = (q @ k.mT * scale).masked_fill(future, -torch.inf).softmax(-1)
     dp = do @ v.mT
     ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-    return (ds @ k).transpose(0, 1), (ds.mT @ q).transpose(0, 1), (p.mT @ do).transpose(0, 1)
+    return (ds @ k).transpose(1, 2), (ds.mT @ q).transpose(1, 2), (p.mT @ do).transpose(1, 2)
 
 
 @_sdpa_backward.register_fake
