@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from optuna.trial import TrialState
 from reference import FOLDER
 
 from golf_ray.presets import TINY
+from golf_ray.results.standing import Sweep, SweepReader
 from golf_ray.sweeps.plan import SweepPlan
 from golf_ray.sweeps.runner import run_sweep
 from golf_ray.sweeps.space import Space
@@ -56,7 +58,11 @@ def test_a_trial_that_fails_is_a_failure_with_its_reason(cluster: str, tmp_path:
         max_concurrent=1,
     )
     assert plan.num_trainings == 2
-    outcome = run_sweep(plan)
+    nothing = run_sweep(dataclasses.replace(plan, max_hours=0.0))
+    reader = SweepReader(Sweep.of_plan(plan))
+    assert not nothing.complete and reader.look().state == "out of budget"
+    outcome = run_sweep(plan, resume=True)
+    assert outcome.complete and reader.look().state == "ended"
     assert (outcome.num_done, outcome.num_failed) == (2, 1)
     assert outcome.complete and not outcome.disagreements
 

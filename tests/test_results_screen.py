@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -274,6 +275,20 @@ def test_a_reader_that_may_not_write_is_no_error(
 
     monkeypatch.setattr(Storage, "remove", refuse)
     assert reader(made.folder).look().state == "interrupted"
+
+
+def test_a_sweep_whose_budget_is_used_up_was_not_interrupted(tmp_path: Path) -> None:
+    made = make_sweep(tmp_path, num_trials=6, num_documents=0)
+    looking = reader(made.folder)
+    assert looking.look().state == "interrupted"
+    (made.folder / "out_of_budget.json").write_text("{}")
+    look = looking.look()
+    again = f"golf-ray sweep --resume {made.folder.name} --storage {tmp_path}"
+    assert (look.state, look.go_on) == ("out of budget", again)
+    # Resumed as it is it would stop at once.
+    used = dataclasses.replace(look, sweep=dataclasses.replace(look.sweep, max_gpu_hours=0.0))
+    assert used.go_on == f"{again} --max-gpu-hours MORE"
+    assert dataclasses.replace(look, driven=True).go_on is None
 
 
 def test_changes_are_told_once_each(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from golf_ray import fingerprint
 from golf_ray.config import Config
 from golf_ray.presets import TINY
 from golf_ray.sweeps import keys, stages
-from golf_ray.sweeps.finalists import final_of, ranked
+from golf_ray.sweeps.finalists import candidates, final_of, ranked
 from golf_ray.sweeps.rooms import LocalRooms, SweepStopped
 from golf_ray.sweeps.store import StageStore
 from golf_ray.sweeps.trial import TrialSpec, outcome_of, read_record, run_trial
@@ -190,3 +190,27 @@ def test_the_best_is_within_the_limits() -> None:
     records = [done(1, 1.2, -0.1), done(2, 1.1, 0.01), done(3, 1.2, 0.0), done(4, 1.3, -0.2)]
     records.append({**done(5, 1.0, -0.1), "status": "failed"})
     assert [r["trial"] for r in ranked(records, "ttt_bpb")] == [1, 3, 4]
+    # Measured it is what it is, whatever was foretold.
+    records[0]["final"], records[1]["final"] = {"fits": False}, {"fits": True}
+    assert [r["trial"] for r in ranked(records, "ttt_bpb")] == [2, 3, 4]
+
+
+def test_the_nearest_are_measured_where_too_few_are_within_the_limits() -> None:
+    def done(number: int, over: float, **more: Any) -> dict[str, Any]:
+        return {"trial": number, "status": "done", "values": {"ttt_bpb": 1.0},
+                "constraints": {"bytes": over}, **more}  # fmt: skip
+
+    def order(places: int) -> list[int]:
+        return [r["trial"] for r in candidates(records, "ttt_bpb", places)]
+
+    records = [done(1, 0.008), done(2, 0.001), done(3, -0.1), done(4, 0.005)]
+    records.append({**done(5, 0.0005), "status": "over_limit"})
+    slow = {"bytes": 0.0001, "seconds": 0.2}
+    records.append({**done(6, 0.0), "constraints": slow})
+    assert order(1) == [3, 2]
+    assert order(3) == [3, 2, 4, 1]
+    # One that was measured in vain is one try, also after an interruption.
+    records[1]["final"] = {"fits": False}
+    assert order(1) == [3] and order(2) == [3, 4]
+    records[1]["final"] = {"fits": True}
+    assert order(1) == [2, 3, 4]

@@ -175,9 +175,9 @@ def _print(look: Look) -> None:
         tell(f"and {len(bad) - MOST_TRIALS:,} more before these")
     for text in (*look.doing, *look.problems):
         tell(clean(text))
-    if look.state == "interrupted":
+    again = look.go_on
+    if again is not None:
         left = number_of(look.sweep.num_trials - len(look.ended), "trial")
-        again = look.sweep.command("sweep --resume")
         line = f"{left} left; go on with: {again}"
         # A command that is broken over lines cannot be copied.
         console.print(line if len(line) <= console.width else f"{left} left; go on with:\n{again}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -356,6 +357,8 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
     """Print how a sweep ended: its table, or all of it as JSON."""
     import dataclasses
 
+    from golf_ray.results.limits import is_within
+    from golf_ray.results.standing import Sweep, SweepReader
     from golf_ray.results.sweep_screen import fitting_table
     from golf_ray.sweeps.table import read_records, trials_frame
 
@@ -391,21 +394,40 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
         f"{duration(outcome.wall_s)}. Lower bpb (bits per byte) is better; best in bold."
     )
     if not outcome.complete:
-        left = plan.num_trials - len(frame)
-        console.print(f"{number_of(left, 'trial')} not begun: the budget is used up")
+        left = number_of(plan.num_trials - len(frame), "trial")
+        again = SweepReader(Sweep.of_plan(plan), describe_running=False).look().go_on
+        console.print(f"{left} not begun: the budget is used up; go on with:\n{again}")
     for line in outcome.disagreements:
         console.print(f"the study and the records disagree: {line}")
     ended = [r for r in records if "final" in r]
     ended.sort(key=lambda r: (not r["final"]["fits"], r["final"]["ttt_bpb"]))
     for record in ended:
         final = record["final"]
-        mark = "best" if record is ended[0] else "also"
+        mark = "best" if record is ended[0] and final["fits"] else "also"
         fits = "" if final["fits"] else ", OVER THE LIMIT"
         console.print(
             f"{mark}: trial {record['trial']}, {final['ttt_bpb']:.4f} bpb on all documents, "
             f"{count(final['total_bytes'])} bytes{fits}: stages/{final['artifacts'][0]}"
         )
+    if records and not any(r["status"] == "done" and is_within(r) for r in records):
+        console.print(nearest_to_limit(records))
     console.print(f"everything lies in {plan.folder.uri}")
+
+
+def nearest_to_limit(records: Sequence[Mapping[str, Any]]) -> str:
+    """What to say of a sweep in which no trial is within its limits, for people."""
+    from golf_ray.results.limits import is_within
+
+    sized = [r for r in records if r.get("total_bytes") is not None and not is_within(r)]
+    if not sized:
+        return "no trial is done and within the limits"
+    sizes = {r["trial"]: (r.get("final") or r)["total_bytes"] for r in sized}
+    trial = min(sizes, key=lambda name: sizes[name])
+    limit = next(r for r in sized if r["trial"] == trial)["config"]["quantization"]["limit_bytes"]
+    return (
+        f"no trial is within the limits: trial {trial} is nearest to the {count(limit)} bytes of "
+        f"quantization.limit_bytes, with {count(sizes[trial])}"
+    )
 
 
 def _objectives(text: str) -> tuple[str, ...]:

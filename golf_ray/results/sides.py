@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from golf_ray.errors import UsageError, nearest
+from golf_ray.results.limits import fits_of
 from golf_ray.results.sources import resolved, storage_of
 from golf_ray.sweeps.commands import command
 from golf_ray.sweeps.power import Noise, optimism
@@ -264,8 +265,7 @@ def _ranked(part: Part, results: Results) -> list[int]:
 
 def within_limits(frame: pd.DataFrame) -> pd.DataFrame:
     """Trials that are done and within the limits."""
-    fits = frame["fits"].fillna(True) & frame["final_fits"].fillna(True)
-    return frame[(frame["status"] == "done") & fits]
+    return frame[(frame["status"] == "done") & fits_of(frame)]
 
 
 def _flattery(part: Part, results: Results, frame: pd.DataFrame) -> list[Flattery]:

@@ -26,6 +26,8 @@ Kind = Literal["trial", "run", "public", "ledger"]
 
 PLAN_FILE: Final = "sweep.json"
 TRIALS: Final = "trials"
+OUT_OF_BUDGET: Final = "out_of_budget.json"
+"""In a sweep's folder while it stands still because a budget was used up."""
 SWEEPS: Final = "sweeps"
 STAGES: Final = "stages"
 INTERVALS_FILE: Final = "intervals.jsonl"

@@ -22,10 +22,10 @@ from golf_ray.results.curves import REMOTE_THREADS
 from golf_ray.results.migration import Record
 from golf_ray.results.records import as_left, parse_record
 from golf_ray.results.schema import FINAL
-from golf_ray.results.sources import PLAN_FILE, STAGES, TRIALS, storage_of
+from golf_ray.results.sources import OUT_OF_BUDGET, PLAN_FILE, STAGES, TRIALS, storage_of
 from golf_ray.results.timeline import gpu_hours
 from golf_ray.sweeps.commands import command
-from golf_ray.sweeps.finalists import ranked
+from golf_ray.sweeps.finalists import candidates, ranked
 from golf_ray.sweeps.progress import describe
 from trainers.claims import claims_of_drivers
 from trainers.storage import Storage
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MOST_DESCRIBED: Final = 12
 """Running trials whose training curve is looked into."""
 
-State = Literal["running", "ended", "interrupted"]
+State = Literal["running", "ended", "out of budget", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +113,8 @@ class Look:
     driven: bool
     """Whether somebody runs it, as far as can be seen."""
     unix_s: float
+    out_of_budget: bool = False
+    """Whether its driver began no more trials because a budget was used up."""
     doing: tuple[str, ...] = ()
     """A phrase for each running trial, up to `MOST_DESCRIBED`."""
     problems: tuple[str, ...] = ()
@@ -133,7 +135,20 @@ class Look:
         """How the sweep itself is."""
         if self.driven:
             return "running"
-        return "ended" if len(self.ended) == self.sweep.num_trials else "interrupted"
+        if len(self.ended) == self.sweep.num_trials:
+            return "ended"
+        return "out of budget" if self.out_of_budget else "interrupted"
+
+    @property
+    def go_on(self) -> str | None:
+        """The command that goes on with it; None where somebody does, or nothing is left."""
+        if self.state in ("running", "ended"):
+            return None
+        again = self.sweep.command("sweep --resume")
+        limit = self.sweep.max_gpu_hours
+        # Hours begin anew with a driver; GPU-hours are those of all trials so far.
+        used = limit is not None and gpu_hours(self.records) >= limit
+        return f"{again} --max-gpu-hours MORE" if used else again
 
     @property
     def objective(self) -> str:
@@ -235,6 +250,7 @@ class SweepReader:
             records=tuple(records),
             driven=driven,
             unix_s=time.time(),
+            out_of_budget=not driven and self.sweep.folder.exists(OUT_OF_BUDGET),
             problems=tuple(problems),
         )
         if not (self._describe and driven):
@@ -282,10 +298,11 @@ class SweepReader:
         if num_records < self.sweep.num_trials or len(self._final) < num_records:
             return set()
         objective = self.sweep.objectives[0]
-        best = ranked(scored(list(self._final.values()), objective), objective)
+        known, places = scored(list(self._final.values()), objective), self.sweep.num_finalists
         # One whose artifact is over the limit gives its place to the next.
-        misses = sum(not (r.get("final") or {}).get("fits", True) for r in best)
-        likely = {r["trial"] for r in best[: self.sweep.num_finalists + misses]}
+        misses = sum(not (r.get("final") or {}).get("fits", True) for r in known)
+        best = candidates(known, objective, places)
+        likely = {r["trial"] for r in best[: places + misses]}
         return {name for name, record in self._final.items() if record["trial"] in likely}
 
     def _doing(self, record: Record) -> str:

@@ -47,8 +47,8 @@ def print_sweep(page: Page, account: SweepAccount) -> None:
         style = "red" if group.status == "failed" else "yellow"
         page.row(group.status.replace("_", " "), _failure(group), style)
     page.rows("claims", account.claims)
-    if look.state == "interrupted":
-        page.row("go on", sweep.command("sweep --resume"))
+    if look.go_on is not None:
+        page.row("go on", look.go_on)
     page.row("place", summary["folder"])
 
 

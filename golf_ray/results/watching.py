@@ -89,7 +89,8 @@ class Watch:
 
     def _note(self, look: Look) -> None:
         # A driver that has just begun may not have said so yet: without one, look twice.
-        self.over = look.state == "ended" or not (look.driven or self._was_driven)
+        stands = look.state in ("ended", "out of budget")
+        self.over = stands or not (look.driven or self._was_driven)
         self._was_driven = look.driven
         self.last = look
 

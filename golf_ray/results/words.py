@@ -32,6 +32,8 @@ def summary_line(look: Look) -> str:
     parts += misses(summary)
     if summary["best"] is not None:
         parts.append(f"best {score_text(look, summary['best'])} (trial {summary['best_trial']})")
+    elif summary["done"]:
+        parts.append("none within the limits")
     if summary["gpu_hours"]:
         parts.append(f"{summary['gpu_hours']:.2f} GPU-hours")
     return ", ".join(parts)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from golf_ray.config import Config
+from golf_ray.results.limits import is_within, may_be_within
 from golf_ray.sweeps import keys
 from golf_ray.sweeps.spans import noted
 from golf_ray.sweeps.store import StageOutput, StageStore
@@ -26,19 +27,24 @@ if TYPE_CHECKING:
 def ranked(records: Sequence[dict[str, Any]], objective: str) -> list[dict[str, Any]]:
     """Trials that may be the best, the best first: done, and within the limits, also as measured
     where they were."""
-    good = [
-        r
-        for r in records
-        if r["status"] == "done"
-        and all(v <= 0 for v in r["constraints"].values())
-        and (r.get("final") or {}).get("fits", True)
-    ]
+    good = [r for r in records if r["status"] == "done" and is_within(r)]
     return sorted(good, key=lambda r: (r["values"][objective], r["trial"]))
+
+
+def candidates(
+    records: Sequence[dict[str, Any]], objective: str, places: int
+) -> list[dict[str, Any]]:
+    """Trials in the order in which they are measured until so many are within the limits: those
+    that are by what is known; then, as many times at most, those that may be, the nearest first."""
+    unsure = sorted(filter(may_be_within, records), key=lambda r: r["constraints"]["bytes"])
+    tried = sum(not (r.get("final") or {}).get("fits", True) for r in records)
+    return [*ranked(records, objective), *unsure[: max(0, places - tried)]]
 
 
 def finish(plan: SweepPlan, broker: Any, tell: Callable[[str], None]) -> None:
     """Write artifacts of the best trials and score those on all documents; what is done is not
-    done again. One whose artifact is over the limit after all gives its place to the next.
+    done again. One whose artifact is over the limit after all gives its place to the next; where
+    too few are within the limits by what was foretold, the nearest to them are measured too.
 
     Raises:
         GolfRayError: an artifact cannot be written or scored.
@@ -47,7 +53,7 @@ def finish(plan: SweepPlan, broker: Any, tell: Callable[[str], None]) -> None:
     from ray.exceptions import RayTaskError
 
     places = plan.finalists
-    for record in ranked(read_records(plan.trials_folder), plan.objectives[0]):
+    for record in candidates(read_records(plan.trials_folder), plan.objectives[0], places):
         if not places:
             return
         if "final" not in record:

@@ -28,6 +28,7 @@ from golf_ray.errors import ClusterError, StorageError
 from golf_ray.records import make_folder
 from golf_ray.resources import Bundle, cluster_nodes, fits
 from golf_ray.results.schema import FINAL
+from golf_ray.results.sources import OUT_OF_BUDGET
 from golf_ray.results.timeline import gpu_hours
 from golf_ray.sweeps import finalists
 from golf_ray.sweeps.broker import BrokerClient, broker_of
@@ -96,6 +97,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, tell: Tell | None = None
         plan.write()
     with driving(plan.folder, f"sweep '{plan.name}'", tell), contextlib.ExitStack() as stack:
         _require_room(plan)
+        plan.folder.remove(OUT_OF_BUDGET)
         broker = stack.enter_context(broker_of(_unit(plan)))
         budget = _Budget(plan, began_s)
         disagreements: list[str] = []
@@ -110,6 +112,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, tell: Tell | None = None
         finalists.finish(plan, broker, tell)
         _write_tables(plan)
         records = read_records(plan.trials_folder)
+        if sum(r["status"] in FINAL for r in records) < plan.num_trials:
+            plan.folder.write_bytes(OUT_OF_BUDGET, json.dumps({"unix_s": time.time()}).encode())
     count = {status: sum(r["status"] == status for r in records) for status in FINAL}
     return SweepOutcome(
         num_done=count["done"],

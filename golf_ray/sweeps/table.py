@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from golf_ray.results.limits import fits_of
 from golf_ray.results.records import read_records
 from golf_ray.results.schema import IDENTITY, MEASURES, types_of
 from trainers.storage import Storage
@@ -79,8 +80,7 @@ def screen_table(frame: pd.DataFrame, objective: str = "ttt_bpb") -> Table:
     for title in ("train\nbpb", "int6\nbpb", "TTT\nbpb", "KB", "train-\ning"):
         table.add_column(title, justify="right")
     done = frame[frame["status"] == "done"]
-    fits = done["fits"].fillna(True) & done["final_fits"].fillna(True)
-    done = done[fits & done[objective].notna()]
+    done = done[fits_of(done) & done[objective].notna()]
     best = int(done.loc[done[objective].idxmin(), "trial"]) if len(done) else None
     for row in frame.to_dict("records"):
         cells = [str(row["trial"])]

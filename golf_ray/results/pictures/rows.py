@@ -14,6 +14,7 @@ from typing import Any, Final
 import pandas as pd
 
 from golf_ray.errors import UsageError, nearest
+from golf_ray.results.limits import fits_of, is_within
 from golf_ray.results.pictures.themes import MAX_SERIES
 
 STATUSES: Final = ("done", "over limit", "running", "failed", "interrupted", "pruned")
@@ -162,15 +163,9 @@ def number_of(count: int, noun: str) -> str:
 
 def _eligible(frame: pd.DataFrame, records: Sequence[Mapping[str, Any]]) -> pd.Series[bool]:
     """Which may be the best: done, with a score, and within every limit."""
-    good = (frame["status"] == "done").fillna(False) & frame["score"].notna()
-    for name in ("fits", "final_fits"):
-        good &= frame[name].astype("boolean").fillna(True)
+    good = (frame["status"] == "done").fillna(False) & frame["score"].notna() & fits_of(frame)
     if records:
-        within = [
-            all(v <= 0 for v in (r.get("constraints") or {}).values() if _finite(v))
-            for r in records
-        ]
-        good &= pd.Series(within, index=frame.index)
+        good &= pd.Series([is_within(r) for r in records], index=frame.index)
     return good.astype(bool)
 
 

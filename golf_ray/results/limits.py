@@ -1,0 +1,42 @@
+"""Whether a trial is within its limits: as measured where it was, else as predicted.
+
+A search foretells sizes from the codes' entropy, which errs by up to a hundredth; what counts is
+the artifact, which finalists get. So a trial that is done may yet be within the limit of bytes
+though it was foretold to be over it, or the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def is_within(record: Mapping[str, Any]) -> bool:
+    """Whether no limit is exceeded, the artifact's size by measurement where there is one."""
+    final, known = record.get("final") or {}, dict(record.get("constraints") or {})
+    if final:
+        known.pop("bytes", None)
+    return bool(final.get("fits", True)) and not any(_exceeds(v) for v in known.values())
+
+
+def may_be_within(record: Mapping[str, Any]) -> bool:
+    """Whether nothing but a size that was foretold, and not yet measured, speaks against a trial
+    that is done."""
+    known = dict(record.get("constraints") or {})
+    over = known.pop("bytes", 0)
+    unmeasured = record.get("status") == "done" and not record.get("final")
+    return unmeasured and _exceeds(over) and not any(_exceeds(v) for v in known.values())
+
+
+def fits_of(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Whether the artifact of each of `golf_ray.results.Results.trials` is within its limit of
+    bytes; True where nothing is known of it."""
+    foretold, measured = (frame[name].astype("boolean") for name in ("fits", "final_fits"))
+    return measured.fillna(foretold).fillna(True).astype(bool)
+
+
+def _exceeds(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not value <= 0
