@@ -1,6 +1,6 @@
 """Whether a trial is within its limits: as measured where it was, else as predicted.
 
-A search foretells sizes from the codes' entropy, which errs by up to a hundredth; what counts is
+A search foretells sizes from the codes' entropy, which errs by a hundredth or so; what counts is
 the artifact, which finalists get. So a trial that is done may yet be within the limit of bytes
 though it was foretold to be over it, or the other way round.
 """
