@@ -30,3 +30,11 @@ def test_no_key_of_a_storage_is_told() -> None:
     told = command("confirm", "best of all", "s3://me:secret@bucket/golf?region=eu", "--top 1")
     place = "'s3://KEY:SECRET@bucket/golf?region=eu'"
     assert told == f"golf-ray confirm 'best of all' --top 1 --storage {place}"
+
+
+@pytest.mark.parametrize("option", ["--trials=9", "--seed=1", "--set=train.seed=2", "--prune"])
+def test_what_would_change_a_sweep_is_refused_when_it_goes_on(tmp_path: Path, option: str) -> None:
+    make_sweep(tmp_path, "nightly", num_trials=4, num_documents=0)
+    done = golf_ray("sweep", "--resume", "nightly", "--storage", tmp_path, option)
+    name = option.partition("=")[0]
+    assert done.status == 2 and f"{name} cannot be given with --resume" in done.error

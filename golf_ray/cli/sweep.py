@@ -51,8 +51,15 @@ Storage = Annotated[
     ),
 ]
 
+MAY_CHANGE = frozenset(
+    "resume storage plan_only max_gpu_hours max_hours concurrent price address as_json "
+    "debug".split()
+)
+"""Options that go with --resume: all others are part of what a sweep is."""
+
 
 def sweep(
+    context: typer.Context,
     space: Annotated[
         str | None,
         typer.Argument(
@@ -259,6 +266,7 @@ def sweep(
     if (resume is None) == (space is None):
         raise UsageError("a sweep needs a space, or --resume NAME", "give one of the two")
     if resume is not None:
+        _refuse_changes(context)
         plan = read_plan(storage, resume)
         # How much may be spent, and how wide, is not what the sweep is.
         if max_gpu_hours is not None:
@@ -298,6 +306,19 @@ def sweep(
     report(plan, outcome, as_json)
     if not outcome.num_done:
         raise typer.Exit(1)
+
+
+def _refuse_changes(context: typer.Context) -> None:
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and option.name not in MAY_CHANGE:
+            raise UsageError(
+                f"{option.opts[0]} cannot be given with --resume, which goes on with a sweep as it "
+                "was planned",
+                "leave it out, or give the sweep another --name: on the same --storage it finds "
+                "again what this one computed",
+            )
 
 
 def run(
