@@ -28,6 +28,7 @@ from golf_ray.sweeps.costs import (
 from golf_ray.sweeps.plan import SweepPlan
 from golf_ray.sweeps.power import Noise, SweepPower, sweep_power
 from golf_ray.sweeps.pruning import caveats
+from golf_ray.sweeps.sizing import SizeOutlook, size_outlook
 from golf_ray.sweeps.space import stage_of
 from golf_ray.sweeps.store import DONE_FILE
 
@@ -43,6 +44,8 @@ class Forecast:
     cost: SweepCost
     power: SweepPower | None
     """None where nothing is searched."""
+    sizes: SizeOutlook | None
+    """None where no size is known yet."""
 
     def lines(self) -> list[str]:
         """For people."""
@@ -52,14 +55,17 @@ class Forecast:
             told.append(self._length())
         if self.power is not None:
             told += self.power.lines()
-        return told + self._pruning()
+        return told + self._sizes() + self._pruning()
 
     def short(self) -> list[str]:
         """What a sweep that begins says of itself."""
         told = [self._trials(), *([] if self.plan.checkpoints else [self._length()])]
         if self.cost.hours is not None and self.cost.price is not None:
             told.append(f"{self.cost.hours:.2g} GPU-hours, ${self.cost.price:,.2f}")
-        return told + self._pruning()
+        return told + self._sizes() + self._pruning()
+
+    def _sizes(self) -> list[str]:
+        return [] if self.sizes is None else self.sizes.lines()
 
     def _pruning(self) -> list[str]:
         return caveats(self.plan.space, self.plan.base) if self.plan.prune else []
@@ -85,6 +91,7 @@ class Forecast:
             "plan": self.plan.to_dict(),
             "cost": self.cost.to_dict(),
             "power": None if self.power is None else self.power.to_dict(),
+            "sizes": None if self.sizes is None else self.sizes.to_dict(),
         }
 
 
@@ -123,7 +130,7 @@ def forecast(plan: SweepPlan, *, price_per_gpu_hour: float | None = None) -> For
         max_concurrent=plan.max_concurrent,
         max_trainings=trainings_at_once(plan) if plan.num_trainings else None,
     )
-    return Forecast(plan=plan, cost=cost, power=_power(plan))
+    return Forecast(plan=plan, cost=cost, power=_power(plan), sizes=size_outlook(plan))
 
 
 def measured_seconds(plan: SweepPlan) -> dict[Part, list[float]]:

@@ -28,14 +28,11 @@ from golf_ray.results.schema import FINAL, SCHEMA
 from golf_ray.results.timeline import gpu_seconds
 from golf_ray.sweeps import keys
 from golf_ray.sweeps.rooms import Rooms, SweepStopped
+from golf_ray.sweeps.sizing import SURE, predicted_from_records
 from golf_ray.sweeps.space import stage_of
 from golf_ray.sweeps.spans import noted
 from golf_ray.sweeps.store import StageOutput, StageStore
 from trainers.storage import Storage, parse_lines
-
-SURE = 0.02
-"""A size that is foretold is trusted to be over the limit where it is so by this part: of an
-artifact of 1.6 MB one was seen that is 1.2% too large."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,8 +227,6 @@ class _Trial:
 
     def _refuse(self) -> str | None:
         """Why training would be in vain, where a size is known to be over the limit beforehand."""
-        from golf_ray.sweeps.sizing import predicted_from_records
-
         key = keys.training_key(self.spec.config_of("train"), self.spec.data)
         if self.store.find("train", key) is not None:
             return None
