@@ -166,7 +166,8 @@ def field_type(path: str) -> Any:
         candidates = list(paths)
         tail = path.rpartition(".")[2]
         same = [p for p in candidates if p.rpartition(".")[2] == tail]
-        remedy = f"did you mean '{same[0]}'?" if same else nearest(path, candidates)
+        listed = "'golf-ray config show' lists them all"
+        remedy = f"did you mean '{same[0]}'?" if same else nearest(path, candidates, listed)
         raise ConfigError(f"unknown configuration field '{path}'", remedy)
     return paths[path]
 

@@ -71,11 +71,12 @@ class EvaluationFailed(GolfRayError):
     """An evaluation ended without a score that may be quoted."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy that names the known spelling closest to `name`, or lists all when none is close."""
+def nearest(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """A remedy that names the known spelling closest to `name`; when none is close, another remedy,
+    or all of them."""
     known = sorted(known)
     lowered = {k.lower(): k for k in reversed(known)}
     close = difflib.get_close_matches(name.lower(), list(lowered), n=1, cutoff=0.5)
     if close:
         return f"did you mean '{lowered[close[0]]}'?"
-    return "known: " + ", ".join(known)
+    return otherwise or "known: " + ", ".join(known)
