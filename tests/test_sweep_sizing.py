@@ -75,6 +75,19 @@ def test_of_another_training_model_or_way_to_quantise_nothing_is_known(
     assert size_outlook(plan_of(tmp_path, LAPTOP)) is None
 
 
+def test_what_others_wrote_does_no_harm(tmp_path: Path) -> None:
+    keep_trial(tmp_path, LAPTOP, model_bytes=MODEL_BYTES)
+    known = size_outlook(plan_of(tmp_path, LAPTOP))
+    path = tmp_path / "sweeps" / "before" / "trials" / "00003.json"
+    record = json.loads(path.read_text())
+    for bad in ("{torn", "[]", json.dumps({**record, "config": {"model": {"of later": 1}}})):
+        folder = tmp_path / "sweeps" / "another" / "trials"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder.parent / "sweep.json").write_text("{}")
+        (folder / "00001.json").write_text(bad)
+        assert size_outlook(plan_of(tmp_path, LAPTOP)) == known is not None
+
+
 def test_where_nothing_is_refused_nothing_is_foretold(tmp_path: Path) -> None:
     keep_trial(tmp_path, LAPTOP, model_bytes=10**9)
     plan = plan_of(tmp_path, LAPTOP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -80,41 +81,59 @@ def size_outlook(plan: SweepPlan) -> SizeOutlook | None:
 
     if plan.checkpoints or plan.points:
         return None
-    for sweep, record in _like_trials(plan):
-        reference = Config.from_dict(record["config"])
-        known = (record.get("final") or record)["model_bytes"]
-        quantization, over = plan.base.quantization, 0
-        most = quantization.limit_bytes * (1 + SURE) - quantization.code_bytes
-        try:
-            for point in _random_points(plan.space, DRAWS):
-                over += predict_change(reference, known, plan.base.with_overrides(point)) > most
-        except GolfRayError:
-            # Quantised under other settings than bits and clips: of no help here.
-            continue
-        return SizeOutlook(
-            num_over=over,
-            num_drawn=DRAWS,
-            limit_bytes=quantization.limit_bytes,
-            sweep=sweep,
-            trial=record["trial"],
-        )
-    return None
+    found = _like_trial(plan)
+    if found is None:
+        return None
+    quantization = plan.base.quantization
+    most = quantization.limit_bytes * (1 + SURE) - quantization.code_bytes
+    points = [plan.base.with_overrides(point) for point in _random_points(plan.space, DRAWS)]
+    sizes = [predict_change(found.config, found.model_bytes, config) for config in points]
+    return SizeOutlook(
+        num_over=sum(size > most for size in sizes),
+        num_drawn=DRAWS,
+        limit_bytes=quantization.limit_bytes,
+        sweep=found.sweep,
+        trial=found.trial,
+    )
 
 
-def _like_trials(plan: SweepPlan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Trials with codes of the same model after a training as long, this sweep's own first."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sized:
+    """A trial whose size is known."""
+
+    sweep: str
+    trial: int
+    config: Config
+    model_bytes: int
+
+
+def _like_trial(plan: SweepPlan) -> _Sized | None:
+    """A trial with codes of the same model after a training as long, this sweep's own first."""
+    from golf_ray.quantization.sizes import predict_change
     from golf_ray.sweeps.plan import sweep_names
 
     sweeps = Storage(plan.storage).child("sweeps")
     names = sorted(sweep_names(plan.storage)[-MOST_SWEEPS:], key=lambda name: name != plan.name)
-    train = plan.base.train
-    for name in names:
-        for record in _with_codes(sweeps.child(name).child("trials"), MOST_TRIALS):
-            theirs = Config.from_dict(record["config"])
-            lengths = theirs.train.iterations, theirs.train.batch_tokens
-            alike = lengths == (train.iterations, train.batch_tokens)
-            if alike and theirs.model == plan.base.model:
-                yield name, record
+    for sweep in names:
+        # What others wrote may be of another version, or damaged: then it is of no help here.
+        with contextlib.suppress(GolfRayError, ValueError, LookupError, TypeError, AttributeError):
+            for record in _with_codes(sweeps.child(sweep).child("trials"), MOST_TRIALS):
+                sized = _Sized(
+                    sweep=sweep,
+                    trial=int(record["trial"]),
+                    config=Config.from_dict(record["config"]),
+                    model_bytes=int((record.get("final") or record)["model_bytes"]),
+                )
+                if _as_long(sized.config, plan.base):
+                    # Quantised under other settings than bits and clips it would say so.
+                    predict_change(sized.config, sized.model_bytes, plan.base)
+                    return sized
+    return None
+
+
+def _as_long(theirs: Config, mine: Config) -> bool:
+    lengths = [(c.train.iterations, c.train.batch_tokens) for c in (theirs, mine)]
+    return lengths[0] == lengths[1] and theirs.model == mine.model
 
 
 def _with_codes(records: Storage, most: int | None = None) -> Iterator[dict[str, Any]]:
