@@ -132,6 +132,7 @@ def losses_of(config: Config) -> list[float]:
         {"attention.backend": "varlen"},
         {"attention.backend": "sdpa"},
         {"kernels.backend": "torch", "attention.backend": "sdpa", "kernels.graphs": False},
+        {"kernels.backend": "torch", "kernels.compile": True, "kernels.graphs": False},
     ],
     ids=str,
 )

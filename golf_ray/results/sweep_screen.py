@@ -131,13 +131,22 @@ def fitting_table(
     order = [h for h in (*_MEASURED[:-1], *reversed(knobs), _MEASURED[-1]) if h != own]
     wide = console.options.update(width=10_000)
     empty = [h for h, c in zip(headings, table.columns, strict=True) if not any(c.cells)]
-    table, left_out = _without(table, empty), list[str]()
+    whole, left_out = _without(table, empty), list[str]()
+
+    def fits(missing: Sequence[str]) -> bool:
+        shown = _without(whole, missing)
+        return Measurement.get(console, wide, shown).maximum <= console.width
+
     for heading in (h for h in order if h in headings and h not in empty):
-        if Measurement.get(console, wide, table).maximum <= console.width:
+        if fits(left_out):
             break
-        table = _without(table, [heading])
-        left_out.append(heading.replace("-\n", "").replace("\n", " "))
-    return table, left_out
+        left_out.append(heading)
+    # A wide one that had to go may have made room for narrow ones that went before it.
+    for heading in left_out[-2::-1]:
+        others = [h for h in left_out if h != heading]
+        left_out = others if fits(others) else left_out
+    names = [heading.replace("-\n", "").replace("\n", " ") for heading in left_out]
+    return _without(whole, left_out), names
 
 
 def _without(table: Table, headings: Sequence[str]) -> Table:
