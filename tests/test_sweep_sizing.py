@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.distributions import FloatDistribution
 
 from golf_ray.config import Config
 from golf_ray.presets import LAPTOP
 from golf_ray.quantization.sizes import predict_change
 from golf_ray.sweeps.plan import SweepPlan
-from golf_ray.sweeps.sizing import SURE, size_outlook
+from golf_ray.sweeps.sizing import SURE, predicted_from_records, size_outlook
 from golf_ray.sweeps.space import load_space
+from trainers.storage import Storage
 
 MODEL_BYTES = 120_000
 
@@ -73,6 +75,19 @@ def test_of_another_training_model_or_way_to_quantise_nothing_is_known(
 ) -> None:
     keep_trial(tmp_path, LAPTOP.with_overrides([change]), model_bytes=MODEL_BYTES)
     assert size_outlook(plan_of(tmp_path, LAPTOP)) is None
+
+
+def test_a_searched_way_to_quantise_foretells_nothing(tmp_path: Path) -> None:
+    keep_trial(tmp_path, LAPTOP, model_bytes=MODEL_BYTES)
+    space = load_space("laptop", LAPTOP)
+    damping = {"quantization.damping": FloatDistribution(0.001, 0.1)}
+    wider = dataclasses.replace(space, distributions=space.distributions | damping, first=())
+    plan = dataclasses.replace(plan_of(tmp_path, LAPTOP), space=wider)
+    assert size_outlook(plan) is None
+    other = LAPTOP.with_overrides({"quantization.damping": 0.05})
+    trials = Storage(tmp_path / "sweeps" / "before" / "trials")
+    assert predicted_from_records(other, trials) is None
+    assert predicted_from_records(LAPTOP, trials) == MODEL_BYTES
 
 
 def test_what_others_wrote_does_no_harm(tmp_path: Path) -> None:

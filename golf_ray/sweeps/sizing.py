@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from golf_ray.config import Config
-from golf_ray.errors import GolfRayError
+from golf_ray.errors import GolfRayError, UsageError
 from trainers.storage import Storage
 
 if TYPE_CHECKING:
@@ -31,13 +31,22 @@ def predicted_from_records(config: Config, records: Storage) -> int | None:
 
     Training changes a size by far less than bits and clip widths do.
     """
+    for record in _with_codes(records):
+        size = _changed(Config.from_dict(record["config"]), record["model_bytes"], config)
+        if size is not None:
+            return size
+    return None
+
+
+def _changed(reference: Config, model_bytes: int, config: Config) -> int | None:
+    """Bytes of a configuration from those of another; None where they are of different models, or
+    differ in more of quantisation than bits and clips."""
     from golf_ray.quantization.sizes import predict_change
 
-    for record in _with_codes(records):
-        reference = Config.from_dict(record["config"])
-        if reference.model == config.model:
-            return predict_change(reference, record["model_bytes"], config)
-    return None
+    try:
+        return predict_change(reference, model_bytes, config)
+    except UsageError:
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +86,6 @@ class SizeOutlook:
 def size_outlook(plan: SweepPlan) -> SizeOutlook | None:
     """How many random points of a plan's space would be over the limit, by the size of a like trial
     of any sweep of its storage; None where there is none, or where nothing would be refused."""
-    from golf_ray.quantization.sizes import predict_change
-
     if plan.checkpoints or plan.points:
         return None
     found = _like_trial(plan)
@@ -87,9 +94,12 @@ def size_outlook(plan: SweepPlan) -> SizeOutlook | None:
     quantization = plan.base.quantization
     most = quantization.limit_bytes * (1 + SURE) - quantization.code_bytes
     points = [plan.base.with_overrides(point) for point in _random_points(plan.space, DRAWS)]
-    sizes = [predict_change(found.config, found.model_bytes, config) for config in points]
+    sizes = [_changed(found.config, found.model_bytes, config) for config in points]
+    known = [size for size in sizes if size is not None]
+    if len(known) < DRAWS:
+        return None
     return SizeOutlook(
-        num_over=sum(size > most for size in sizes),
+        num_over=sum(size > most for size in known),
         num_drawn=DRAWS,
         limit_bytes=quantization.limit_bytes,
         sweep=found.sweep,
@@ -109,7 +119,6 @@ class _Sized:
 
 def _like_trial(plan: SweepPlan) -> _Sized | None:
     """A trial with codes of the same model after a training as long, this sweep's own first."""
-    from golf_ray.quantization.sizes import predict_change
     from golf_ray.sweeps.plan import sweep_names
 
     sweeps = Storage(plan.storage).child("sweeps")
@@ -124,16 +133,12 @@ def _like_trial(plan: SweepPlan) -> _Sized | None:
                     config=Config.from_dict(record["config"]),
                     model_bytes=int((record.get("final") or record)["model_bytes"]),
                 )
-                if _as_long(sized.config, plan.base):
-                    # Quantised under other settings than bits and clips it would say so.
-                    predict_change(sized.config, sized.model_bytes, plan.base)
+                theirs, mine = sized.config.train, plan.base.train
+                as_long = theirs.iterations == mine.iterations
+                as_long &= theirs.batch_tokens == mine.batch_tokens
+                if as_long and _changed(sized.config, sized.model_bytes, plan.base) is not None:
                     return sized
     return None
-
-
-def _as_long(theirs: Config, mine: Config) -> bool:
-    lengths = [(c.train.iterations, c.train.batch_tokens) for c in (theirs, mine)]
-    return lengths[0] == lengths[1] and theirs.model == mine.model
 
 
 def _with_codes(records: Storage, most: int | None = None) -> Iterator[dict[str, Any]]:
