@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -378,8 +379,7 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
     """Print how a sweep ended: its table, or all of it as JSON."""
     import dataclasses
 
-    from golf_ray.results.limits import is_within
-    from golf_ray.results.standing import Sweep, SweepReader
+    from golf_ray.results.standing import Look, Sweep
     from golf_ray.results.sweep_screen import fitting_table
     from golf_ray.sweeps.table import read_records, trials_frame
 
@@ -414,10 +414,16 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
         f"{number_of(len(frame), 'trial')} ({', '.join(ends)}), {made}, "
         f"{duration(outcome.wall_s)}. Lower bpb (bits per byte) is better; best in bold."
     )
+    look = Look(
+        sweep=Sweep.of_plan(plan),
+        records=tuple(records),
+        driven=False,
+        unix_s=time.time(),
+        out_of_budget=not outcome.complete,
+    )
     if not outcome.complete:
         left = number_of(plan.num_trials - len(frame), "trial")
-        again = SweepReader(Sweep.of_plan(plan), describe_running=False).look().go_on
-        console.print(f"{left} not begun: the budget is used up; go on with:\n{again}")
+        console.print(f"{left} not begun: the budget is used up; go on with:\n{look.go_on}")
     for line in outcome.disagreements:
         console.print(f"the study and the records disagree: {line}")
     ended = [r for r in records if "final" in r]
@@ -430,24 +436,28 @@ def report(plan: SweepPlan, outcome: SweepOutcome, as_json: bool) -> None:
             f"{mark}: trial {record['trial']}, {final['ttt_bpb']:.4f} bpb on all documents, "
             f"{count(final['total_bytes'])} bytes{fits}: stages/{final['artifacts'][0]}"
         )
-    if records and not any(r["status"] == "done" and is_within(r) for r in records):
+    if records and look.best is None:
         console.print(nearest_to_limit(records))
     console.print(f"everything lies in {plan.folder.uri}")
 
 
 def nearest_to_limit(records: Sequence[Mapping[str, Any]]) -> str:
-    """What to say of a sweep in which no trial is within its limits, for people."""
-    from golf_ray.results.limits import is_within
-
-    sized = [r for r in records if r.get("total_bytes") is not None and not is_within(r)]
-    if not sized:
+    """What to say of a sweep in which no trial is done and within its limits, for people."""
+    sizes = [
+        (
+            (r.get("final") or r)["total_bytes"],
+            r["trial"],
+            r["config"]["quantization"]["limit_bytes"],
+        )
+        for r in records
+        if r.get("total_bytes") is not None
+    ]
+    total, trial, limit = min(sizes, default=(0, 0, 0))
+    if total <= limit:
         return "no trial is done and within the limits"
-    sizes = {r["trial"]: (r.get("final") or r)["total_bytes"] for r in sized}
-    trial = min(sizes, key=lambda name: sizes[name])
-    limit = next(r for r in sized if r["trial"] == trial)["config"]["quantization"]["limit_bytes"]
     return (
         f"no trial is within the limits: trial {trial} is nearest to the {count(limit)} bytes of "
-        f"quantization.limit_bytes, with {count(sizes[trial])}"
+        f"quantization.limit_bytes, with {count(total)}"
     )
 
 

@@ -26,9 +26,14 @@ def may_be_within(record: Mapping[str, Any]) -> bool:
     """Whether nothing but a size that was foretold, and not yet measured, speaks against a trial
     that is done."""
     known = dict(record.get("constraints") or {})
-    over = known.pop("bytes", 0)
+    known.pop("bytes", None)
     unmeasured = record.get("status") == "done" and not record.get("final")
-    return unmeasured and _exceeds(over) and not any(_exceeds(v) for v in known.values())
+    return unmeasured and foretold_over(record) and not any(_exceeds(v) for v in known.values())
+
+
+def foretold_over(record: Mapping[str, Any]) -> bool:
+    """Whether a trial's size was over the limit before its artifact was written."""
+    return _exceeds((record.get("constraints") or {}).get("bytes"))
 
 
 def fits_of(frame: pd.DataFrame) -> pd.Series[bool]:

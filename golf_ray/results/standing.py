@@ -297,12 +297,9 @@ class SweepReader:
         """Files of final records to which measured scores may yet be added."""
         if num_records < self.sweep.num_trials or len(self._final) < num_records:
             return set()
-        objective = self.sweep.objectives[0]
-        known, places = scored(list(self._final.values()), objective), self.sweep.num_finalists
-        # One whose artifact is over the limit gives its place to the next.
-        misses = sum(not (r.get("final") or {}).get("fits", True) for r in known)
-        best = candidates(known, objective, places)
-        likely = {r["trial"] for r in best[: places + misses]}
+        objective, places = self.sweep.objectives[0], self.sweep.num_finalists
+        best = candidates(scored(list(self._final.values()), objective), objective, places)
+        likely = {record["trial"] for record in best[:places]}
         return {name for name, record in self._final.items() if record["trial"] in likely}
 
     def _doing(self, record: Record) -> str:

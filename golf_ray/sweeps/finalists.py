@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from golf_ray.config import Config
-from golf_ray.results.limits import is_within, may_be_within
+from golf_ray.results.limits import foretold_over, is_within, may_be_within
 from golf_ray.sweeps import keys
 from golf_ray.sweeps.spans import noted
 from golf_ray.sweeps.store import StageOutput, StageStore
@@ -37,7 +37,7 @@ def candidates(
     """Trials in the order in which they are measured until so many are within the limits: those
     that are by what is known; then, as many times at most, those that may be, the nearest first."""
     unsure = sorted(filter(may_be_within, records), key=lambda r: r["constraints"]["bytes"])
-    tried = sum(not (r.get("final") or {}).get("fits", True) for r in records)
+    tried = sum(not (r.get("final") or {}).get("fits", True) for r in records if foretold_over(r))
     return [*ranked(records, objective), *unsure[: max(0, places - tried)]]
 
 

@@ -112,16 +112,17 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, tell: Tell | None = None
         finalists.finish(plan, broker, tell)
         _write_tables(plan)
         records = read_records(plan.trials_folder)
-        if sum(r["status"] in FINAL for r in records) < plan.num_trials:
+        count = {status: sum(r["status"] == status for r in records) for status in FINAL}
+        complete = sum(count.values()) == plan.num_trials
+        if not complete:
             plan.folder.write_bytes(OUT_OF_BUDGET, json.dumps({"unix_s": time.time()}).encode())
-    count = {status: sum(r["status"] == status for r in records) for status in FINAL}
     return SweepOutcome(
         num_done=count["done"],
         num_failed=count["failed"],
         num_over_limit=count["over_limit"],
         num_pruned=count["pruned"],
         wall_s=time.monotonic() - began_s,
-        complete=sum(count.values()) == plan.num_trials,
+        complete=complete,
         disagreements=tuple(disagreements),
     )
 
