@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -22,8 +23,11 @@ from kernel_cases import (
 )
 from reference import TRAIN_SHARDS, training_states
 from test_model_attention import operands, packed, plain
+from torch import Tensor
 
 from golf_ray.config import Config
+from golf_ray.kernels.compiling import compiled
+from golf_ray.kernels.residual import Mix, mix
 from golf_ray.model.attention import Backend, attend, why_not
 from golf_ray.optim.world import World
 from golf_ray.presets import TINY
@@ -62,12 +66,12 @@ def test_ops_are_their_twins(case: Case, dtype: torch.dtype) -> None:
     assert found and max(found.values()) <= TOLERANCE[dtype], found
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("under_compile", [False, True])
 @pytest.mark.parametrize("backend", ["fa3", "varlen", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(("H", "G", "d"), [(8, 4, 64), (4, 4, 32), (6, 1, 64)])
 def test_attention_backends_agree(
-    compiled: bool, backend: Backend, dtype: torch.dtype, H: int, G: int, d: int
+    under_compile: bool, backend: Backend, dtype: torch.dtype, H: int, G: int, d: int
 ) -> None:
     if reason := why_not(backend, CUDA, dtype, d):
         pytest.skip(f"{backend} {reason}")
@@ -79,7 +83,7 @@ def test_attention_backends_agree(
         max_seqlen=segments.max_seqlen,
         positions_T=segments.positions_T.cuda(),
     )
-    call = torch.compile(attend, fullgraph=True) if compiled else attend
+    call = compiled(attend) if under_compile else attend
     found = call(*leaves, segments, backend)
     wide = [leaf.detach().cpu().float().requires_grad_() for leaf in leaves]
     expected = plain(*wide, lengths)
@@ -89,6 +93,32 @@ def test_attention_backends_agree(
     for a, b in zip(mine, theirs, strict=True):
         error = (a.detach().cpu().double() - b.detach().double()).norm() / b.detach().norm()
         assert error <= TOLERANCE[dtype]
+
+
+def test_factors_of_one_table_have_their_gradients_when_compiled() -> None:
+    # Large enough for Inductor to fuse sums over rows with those over channels.
+    T, D, layers = 32_768, 512, 4
+    random = torch.Generator(CUDA).manual_seed(1)
+    x0 = torch.randn(T, D, device=CUDA, dtype=torch.bfloat16, generator=random)
+    table = torch.randn(2 * layers, D, device=CUDA, generator=random)
+    seed = torch.randn(T, D, device=CUDA, generator=random)
+
+    def gradients(run: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in (x0, table)]
+        return torch.autograd.grad((run(*leaves) * seed).sum(), leaves)
+
+    def normed_again_and_again(x_TD: Tensor, table_KD: Tensor) -> Tensor:
+        stream = x_TD
+        for coefs in table_KD.split(2):
+            (stream,) = mix(
+                [stream, x_TD], coefs, [Mix(terms=((0, 0), (1, 1)), keep=False, scale=1.0)]
+            )
+        return stream
+
+    mine = gradients(compiled(normed_again_and_again))
+    theirs = gradients(normed_again_and_again)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).norm() <= TOLERANCE[torch.bfloat16] * layers * b.norm()
 
 
 # Training -----------------------------------------------------------------------------------------

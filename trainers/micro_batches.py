@@ -21,6 +21,7 @@ from torch import Tensor
 
 from golf_ray.config import KernelConfig
 from golf_ray.errors import ConfigError
+from golf_ray.kernels.compiling import compiled
 from golf_ray.model.model import GolfModel
 from golf_ray.model.segments import Segments
 from golf_ray.optim.gradients import GradientAccumulator
@@ -67,10 +68,7 @@ class MicroBatches:
         self._compiled = kernels.compile
         self._loss: Loss = self._mean_loss
         if kernels.compile:
-            # A saved tensor that is a view of a parameter (a stack of one, say) is taken for one
-            # that the backward may write over: torch 2.13, seen on a model of one layer.
-            torch._functorch.config.donated_buffer = False
-            self._loss = torch.compile(self._mean_loss, fullgraph=True, dynamic=False)
+            self._loss = compiled(self._mean_loss)
         # torch's own kernels for attention and embeddings ask things of the host on their way.
         fused = model.compute.kernels == "triton" and model.compute.attention == "fa3"
         self.captures = kernels.graphs and device.type == "cuda" and fused

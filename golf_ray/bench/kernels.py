@@ -16,7 +16,7 @@ from torch import Tensor
 from golf_ray.bench.host import field_segments
 from golf_ray.bench.timing import busy_ms
 from golf_ray.config import Config
-from golf_ray.kernels import embedding, heads, loss, mlp, residual
+from golf_ray.kernels import compiling, embedding, heads, loss, mlp, residual
 from golf_ray.kernels.residual import Mix
 from golf_ray.model.attention import attend
 from golf_ray.model.compute import Compute
@@ -78,7 +78,7 @@ def time_kernels(
         twin_forward, twin_both = _timed(case.twin, case.leaves, device)
         compiled_forward, compiled_both = None, None
         if compiled:
-            twin = torch.compile(case.twin, dynamic=False)
+            twin = compiling.compiled(case.twin, fullgraph=False)
             compiled_forward, compiled_both = _timed(twin, case.leaves, device)
         yield KernelTiming(
             operation=case.operation,
