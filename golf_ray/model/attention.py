@@ -13,7 +13,6 @@ wherever the segment ends and whatever the others hold.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import itertools
@@ -69,7 +68,7 @@ def why_not(
             return "needs an NVIDIA GPU of compute capability 8.0 or later"
         if dtype not in (torch.bfloat16, torch.float16):
             return f"computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
-        if _varlen() is None:
+        if VARLEN is None:
             return "needs torch 2.10 or later"
     return None
 
@@ -144,32 +143,33 @@ def _sdpa_last(q_NCHd: Tensor, k_NSHd: Tensor, v_NSHd: Tensor) -> Tensor:
 # torch's variable-length attention --------------------------------------------------------------
 
 
-@functools.cache
-def _varlen() -> tuple[Any, frozenset[str]] | None:
-    """torch's function and the names of its parameters, which differ between versions."""
+def _found_varlen() -> Any:
+    """torch's function, or None."""
     try:
-        function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
-    return function, frozenset(inspect.signature(function).parameters)
+
+
+# Looked for here and not where it is called: torch.compile would trace the search.
+VARLEN = _found_varlen()
+VARLEN_PARAMETERS = frozenset(inspect.signature(VARLEN).parameters if VARLEN else ())
+"""They differ between versions."""
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    found = _varlen()
-    assert found is not None
-    function, parameters = found
     settings: dict[str, Any] = {}
-    if "window_size" in parameters:
+    if "window_size" in VARLEN_PARAMETERS:
         settings["window_size"] = (-1, 0)
     else:
         settings["is_causal"] = True
     repeat = q.shape[1] // k.shape[1]
-    if "enable_gqa" in parameters:
+    if "enable_gqa" in VARLEN_PARAMETERS:
         settings["enable_gqa"] = repeat > 1
     elif repeat > 1:
         k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
     bounds, longest = segments.cu_seqlens, segments.max_seqlen
-    return function(q, k, v, bounds, bounds, longest, longest, **settings)
+    return VARLEN(q, k, v, bounds, bounds, longest, longest, **settings)
 
 
 # scaled_dot_product_attention, segment by segment -----------------------------------------------
