@@ -20,6 +20,7 @@ from reference import TRAIN_SHARDS, training_states
 from golf_ray.config import Config
 from golf_ray.data.loader import PackedLoader
 from golf_ray.errors import ConfigError, TrainingFailed
+from golf_ray.kernels.compiling import compiled
 from golf_ray.optim.world import World
 from golf_ray.presets import TINY
 from trainers.batches import HostBatches, random_batch
@@ -218,6 +219,22 @@ class environment_kept:
     def __exit__(self, *error: object) -> None:
         os.environ.clear()
         os.environ.update(self._before)
+
+
+class Product:
+    """Stands for a run: one and the same code, compiled anew for each."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
+def test_a_process_compiles_any_number_of_runs() -> None:
+    x = torch.ones(3)
+    for factor in range(torch._dynamo.config.recompile_limit + 2):
+        assert torch.equal(compiled(Product(factor).of)(x), x * factor)
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,15 @@ def options() -> dict[str, Any]:
 def compiled(function: Function, *, fullgraph: bool = True) -> Function:
     """A function under torch.compile, each shape compiled for itself.
 
+    What was compiled before in this process is forgotten, and compiled again where it is called:
+    one run's code is of no use to the next, and after eight of them torch refuses a ninth.
+
     Args:
         fullgraph: whether what cannot be part of one graph is an error.
     """
     # A saved tensor that is a view of a parameter (a stack of one, say) is taken for one that the
     # backward may write over: torch 2.13, seen on a model of one layer.
     torch._functorch.config.donated_buffer = False
+    torch.compiler.reset()
     found: Any = torch.compile(function, fullgraph=fullgraph, dynamic=False, options=options())
     return found  # type: ignore[no-any-return]
