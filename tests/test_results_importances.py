@@ -63,6 +63,17 @@ def test_failed_trials_have_no_say() -> None:
     pd.testing.assert_frame_equal(one, other)
 
 
+def test_a_size_that_was_measured_counts_more_than_one_foretold() -> None:
+    frame = sweep(10, 4)
+    foretold = pd.Series([False] * 20 + [True] * 20, dtype="boolean")
+    measured = pd.Series([True] * 20 + [None] * 20, dtype="boolean")
+    knobs = ["knob.used", "knob.idle"]
+    saved = importances(frame.assign(fits=foretold, final_fits=measured), knobs)
+    pd.testing.assert_frame_equal(saved, importances(frame, knobs))
+    half = importances(frame.assign(fits=foretold), knobs)
+    pd.testing.assert_frame_equal(half, importances(frame[20:], knobs))
+
+
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=30), st.integers(0, 9))
 def test_trials_of_a_training_stay_together(groups: list[int], seed: int) -> None:
     _, of = np.unique(groups, return_inverse=True)

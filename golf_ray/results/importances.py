@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from golf_ray.errors import UsageError, nearest
+from golf_ray.results.limits import fits_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,8 +103,7 @@ def _usable(frame: pd.DataFrame, objective: str) -> pd.DataFrame:
     good = np.isfinite(frame[objective].astype("Float64").to_numpy(np.float64, na_value=np.nan))
     if "status" in frame.columns:
         good &= (frame["status"] == "done").fillna(False).to_numpy(bool)
-    if "fits" in frame.columns:
-        good &= frame["fits"].astype("boolean").fillna(True).to_numpy(bool)
+    good &= fits_of(frame).to_numpy(bool)
     return frame[good].reset_index(drop=True)
 
 

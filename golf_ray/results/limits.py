@@ -38,8 +38,13 @@ def foretold_over(record: Mapping[str, Any]) -> bool:
 
 def fits_of(frame: pd.DataFrame) -> pd.Series[bool]:
     """Whether the artifact of each of `golf_ray.results.Results.trials` is within its limit of
-    bytes; True where nothing is known of it."""
-    foretold, measured = (frame[name].astype("boolean") for name in ("fits", "final_fits"))
+    bytes; True where nothing is known of it, as without the columns that say so."""
+    import pandas as pd
+
+    nothing = pd.Series(pd.NA, index=frame.index, dtype="boolean")
+    measured, foretold = (
+        frame.get(name, nothing).astype("boolean") for name in ("final_fits", "fits")
+    )
     return measured.fillna(foretold).fillna(True).astype(bool)
 
 

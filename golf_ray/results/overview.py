@@ -16,7 +16,10 @@ import pandas as pd
 
 from golf_ray.results.cells import digits_beside, number
 from golf_ray.results.pictures.rows import STATUSES, Trials, number_of
+from golf_ray.results.sources import storage_of
 from golf_ray.results.timeline import gpu_seconds
+from golf_ray.sweeps.commands import command
+from trainers.storage import Storage
 
 MAX_NAMED: Final = 40
 """Trials of one reason that are named."""
@@ -99,14 +102,17 @@ class Failure:
 
 
 def summaries(
-    trials: Trials, records: Sequence[Mapping[str, Any]], plans: Mapping[str, Mapping[str, Any]]
+    trials: Trials,
+    records: Sequence[Mapping[str, Any]],
+    plans: Mapping[str, Mapping[str, Any]],
+    folders: Mapping[str, Storage],
 ) -> tuple[Summary, ...]:
     """One for each sweep, in order; one for all run folders, and one for all logs."""
     frame = trials.frame
     kind = frame["kind"].fillna("trial")
     names = frame["source"].fillna("?").where(kind == "trial", frame["series"])
     return tuple(
-        _summary(str(name), trials, frame[names == name], records, plans.get(str(name)))
+        _summary(str(name), trials, frame[names == name], records, plans.get(str(name)), folders)
         for name in dict.fromkeys(names)
     )
 
@@ -117,6 +123,7 @@ def _summary(
     frame: pd.DataFrame,
     records: Sequence[Mapping[str, Any]],
     plan: Mapping[str, Any] | None,
+    folders: Mapping[str, Storage],
 ) -> Summary:
     counts = {status: int((frame["shown_status"] == status).sum()) for status in STATUSES}
     ended = frame["status"].isin(["failed", "over_limit"]).fillna(False).astype(bool)
@@ -125,7 +132,7 @@ def _summary(
     if len(ranked):
         first = ranked.iloc[0]
         own = records[int(first["key"])] if records else {}
-        best = _best(trials, first, own, len(ranked), plan)
+        best = _best(trials, first, own, len(ranked), plan, folders.get(name))
     planned = (plan or {}).get("num_trials")
     began, last = frame["began_unix_s"].min(), frame["ended_unix_s"].max()
     return Summary(
@@ -180,6 +187,7 @@ def _best(
     record: Mapping[str, Any],
     candidates: int,
     plan: Mapping[str, Any] | None,
+    folder: Storage | None,
 ) -> Best:
     knobs = record.get("knobs") or {}
     return Best(
@@ -187,7 +195,7 @@ def _best(
         score=_scored(trials, row),
         facts=tuple(_facts(trials, row)),
         assignments=assignments(knobs),
-        note=_note(row, candidates, plan or {}),
+        note=_note(row, candidates, plan or {}, folder),
     )
 
 
@@ -243,7 +251,9 @@ def _sizes(row: pd.Series[Any]) -> list[tuple[str, str]]:
     return [("model and code", text)]
 
 
-def _note(row: pd.Series[Any], candidates: int, plan: Mapping[str, Any]) -> str:
+def _note(
+    row: pd.Series[Any], candidates: int, plan: Mapping[str, Any], folder: Storage | None
+) -> str:
     if row["kind"] != "trial":
         if candidates < 2:
             return "One run is one seed: it says nothing of the spread between seeds."
@@ -252,10 +262,13 @@ def _note(row: pd.Series[Any], candidates: int, plan: Mapping[str, Any]) -> str:
         return "A confirmation: compare means over its seeds, and not its single best trial."
     if candidates < 2:
         return "One trial from one seed: it says nothing of the spread between seeds."
-    return (
-        f"Selected on validation: the best of {candidates:,} on the same documents flatters "
-        f"itself. What may be claimed: golf-ray confirm {shlex.quote(str(row['source']))}"
+    note = (
+        f"Selected on validation: the best of {candidates:,} on the same documents flatters itself."
     )
+    if folder is None:
+        return note
+    confirm = command("confirm", folder.name, storage_of(folder).uri)
+    return f"{note} What may be claimed: {confirm}"
 
 
 def assignments(knobs: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from golf_ray.results.migration import Record
 from golf_ray.results.schema import DOCUMENTS, IDENTITY, MEASURES, types_of
 from golf_ray.results.sources import Found, Place
 from golf_ray.results.timeline import held_gpu_s
-from trainers.storage import shown
+from trainers.storage import Storage, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +43,8 @@ class Results:
     """The records, one a row of `trials`; not to be changed, as they share parts."""
     plans: dict[str, dict[str, Any]]
     """What each sweep set out to do, plain, by source."""
+    folders: dict[str, Storage]
+    """Where each sweep is kept, by source."""
     problems: tuple[str, ...]
     """One line for each thing that could not be read."""
 
@@ -99,6 +101,7 @@ def load_results(*places: str | Path, intervals: bool = True, documents: bool = 
         knobs=knobs,
         records=tuple(records),
         plans={one.source: one.plan for one in found if one.plan is not None},
+        folders={one.source: one.folder for one in found if one.folder is not None},
         problems=tuple(problems),
     )
 

@@ -69,7 +69,7 @@ def make_report(
     wanted = objective or _planned_objective(results)
     trials = trials_of(results.trials, results.knobs, wanted, results.records)
     timeline = timeline_of(_named(results, trials))
-    parts = summaries(trials, results.records, results.plans)
+    parts = summaries(trials, results.records, results.plans, results.folders)
     return Report(
         title=title or _title(parts),
         made_unix_s=time.time(),

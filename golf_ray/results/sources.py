@@ -75,6 +75,8 @@ class Found:
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Intervals of a log."""
     plan: dict[str, Any] | None = None
+    folder: Storage | None = None
+    """Of a sweep."""
     ledgers: list[Ledgers] = field(default_factory=list)
 
 
@@ -189,7 +191,7 @@ def read_place(place: Place, source: str, on_problem: OnProblem) -> Found:
 
 
 def _read_sweep(place: Place, source: str, on_problem: OnProblem) -> Found:
-    found = Found(source=source, kind="trial")
+    found = Found(source=source, kind="trial", folder=place.storage)
     data = place.storage.read_bytes(PLAN_FILE)
     if data is not None:
         try:
