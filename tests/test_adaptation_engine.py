@@ -36,6 +36,7 @@ from golf_ray.adaptation.packing import Budget, Step
 from golf_ray.adaptation.philox import adapter_a
 from golf_ray.adaptation.plan import chunk_at
 from golf_ray.adaptation.scores import Document, DocumentScore
+from golf_ray.adaptation.shapes import ShapeChoice
 from golf_ray.config import AdaptationConfig
 from golf_ray.errors import EvaluationFailed
 from golf_ray.model.hooks import Hooks, Site
@@ -694,6 +695,7 @@ def test_a_replayed_step_is_not_repeated_either(monkeypatch: pytest.MonkeyPatch)
 
     class Graphs:
         runs = 0
+        shapes = ShapeChoice(ADAPTATION)
 
         def run(self, host: HostBatch, shape: Shape) -> Tensor:
             Graphs.runs += 1

@@ -17,7 +17,7 @@ from golf_ray.adaptation.adapters import AdapterLayout, adapter_slots
 from golf_ray.adaptation.batches import HostBatch, Shape, send
 from golf_ray.adaptation.engine import Engine
 from golf_ray.adaptation.fused import FusedAdapters
-from golf_ray.adaptation.graphs import StepGraphs, shape_of
+from golf_ray.adaptation.graphs import StepGraphs
 from golf_ray.adaptation.packing import Budget
 from golf_ray.adaptation.philox import adapter_a
 from golf_ray.adaptation.plain import PlainAdapters
@@ -122,6 +122,7 @@ class EveryStepPadded(StepGraphs):
 
     def run(self, host: HostBatch, shape: Shape) -> Tensor:
         self.padded += 1
+        self.shapes.captured(shape)
         factors = np.asarray(self._adapters.optimizer.factors(host.rows), dtype=np.float32)
         losses_S = self._compute(host.on(self._device), send(factors, self._device))
         self._adapters.optimizer.count(host.rows)
@@ -131,7 +132,7 @@ class EveryStepPadded(StepGraphs):
 def test_padding_reaches_no_document(monkeypatch: pytest.MonkeyPatch) -> None:
     standin = flash_standin.operators("work space")
     monkeypatch.setattr(flash, "operators", lambda: standin)
-    monkeypatch.setattr("golf_ray.adaptation.graphs.GRAINS", ((1 << 30, 4),))
+    monkeypatch.setattr("golf_ray.adaptation.shapes.GRAINS", ((1 << 30, 4),))
     plain, padded = engine("triton", "fa3"), engine("triton", "fa3")
     assert plain._graphs is None
     adapters = padded.adapters
@@ -142,33 +143,3 @@ def test_padding_reaches_no_document(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs.padded >= 2
     for index, values in expected.items():
         np.testing.assert_allclose(found[index], values, atol=2e-5)
-
-
-@pytest.mark.parametrize("chunk_size", [32, 64])
-def test_shapes_are_few_and_have_room(chunk_size: int) -> None:
-    from golf_ray.adaptation.packing import Packer
-    from golf_ray.bench.corpus import document_lengths
-
-    adaptation = dataclasses.replace(ADAPTATION, chunk_size=chunk_size, window=2048)
-    budget = Budget(residents=96, step_tokens=24_000)
-    packer = Packer(document_lengths(3000).tolist(), adaptation, budget)
-    shapes, padding, tokens = set(), 0, 0
-    while True:
-        packer.admit()
-        step = packer.take()
-        if step is None:
-            break
-        shape = shape_of(step, adaptation, budget)
-        if step.learns:
-            assert shape is not None
-            nothing = shape.documents - len(step.members)
-            rest = shape.tokens - step.window_tokens - nothing * chunk_size
-            assert nothing >= 0 and rest >= 0
-            shapes.add(shape)
-            padding += shape.tokens - step.window_tokens
-            tokens += step.window_tokens
-        else:
-            assert shape is None
-        packer.commit(step)
-    assert len(shapes) < 60
-    assert padding / tokens < 0.15

@@ -34,7 +34,7 @@ from golf_ray.adaptation.adapters import AdapterBank, AdapterLayout, adapter_slo
 from golf_ray.adaptation.batches import Batch, HostBatch, Shape, send
 from golf_ray.adaptation.budget import choose_budget
 from golf_ray.adaptation.fused import FusedAdapters, can_fuse
-from golf_ray.adaptation.graphs import StepGraphs, shape_of
+from golf_ray.adaptation.graphs import StepGraphs
 from golf_ray.adaptation.optimizer import AdapterOptimizer
 from golf_ray.adaptation.packing import Budget, Packer, Step
 from golf_ray.adaptation.plain import PlainAdapters
@@ -89,6 +89,7 @@ class Engine:
         tell: told of what is done about a lack of memory.
         on_step: told of every step when it is on its way.
         graphs: whether steps may be captured as CUDA graphs, where there are any.
+        thrifty: whether a step may be padded further than it needs, to spare a capture.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Engine:
         tell: Tell | None = None,
         on_step: Callable[[Step], None] | None = None,
         graphs: bool = True,
+        thrifty: bool = True,
     ) -> None:
         self.model = model
         self.adaptation = adaptation
@@ -129,7 +131,7 @@ class Engine:
                 f"{self.budget.residents} documents at a time, steps of "
                 f"{self.budget.step_tokens:,} tokens"
             )
-        self._graphs = self._step_graphs() if graphs else None
+        self._graphs = self._step_graphs(thrifty) if graphs else None
         self._residents: dict[int, _Resident] = {}
         """By place in the run's documents."""
         self._losses = torch.zeros(0)
@@ -161,7 +163,7 @@ class Engine:
                 self._tell(f"out of memory: {fewer} documents at a time")
                 self.budget = dataclasses.replace(self.budget, residents=fewer)
 
-    def _step_graphs(self) -> StepGraphs | None:
+    def _step_graphs(self, thrifty: bool) -> StepGraphs | None:
         adapters, one_step = self.adapters, self.adaptation.grad_steps == 1
         captures = self.device.type == "cuda" and self.model.compute.attention == "fa3"
         if not (captures and one_step and isinstance(adapters, FusedAdapters)):
@@ -169,7 +171,7 @@ class Engine:
         if not adapters.layout.slots or self.model.parts:
             return None
 
-        return StepGraphs(adapters, self._padded_step, self.device)
+        return StepGraphs(adapters, self._padded_step, self.device, thrifty=thrifty)
 
     def _padded_step(self, batch: Batch, factors_N2: Tensor) -> Tensor:
         """Losses of a batch, and the adapters' step on them."""
@@ -373,7 +375,7 @@ class Engine:
             applied += 1
 
         try:
-            shape = shape_of(step, self.adaptation, self.budget) if self._graphs else None
+            shape = self._graphs.shapes.of(step, self.budget) if self._graphs else None
             host = self._host_batch(step, shape)
             with _frozen(self.model):
                 if self._graphs is not None and shape is not None:

@@ -1,8 +1,9 @@
 """Steps as CUDA graphs: the kernels of a padded step, captured once and replayed.
 
 A step is about a thousand kernels, which a host needs longer to launch than a GPU to run. Steps are
-padded to few shapes; the first of a shape runs kernel by kernel, which compiles what it needs, the
-second is captured, and from then on the host only says which tokens and rows.
+padded to few shapes (`golf_ray.adaptation.shapes`); the first of a shape runs kernel by kernel,
+which compiles what it needs, the second is captured, and from then on the host only says which
+tokens and rows.
 
 Invariant: a replayed step is the padded step kernel by kernel, and padding reaches no document.
 """
@@ -20,18 +21,7 @@ from torch import Tensor
 
 from golf_ray.adaptation.batches import Batch, HostBatch, Shape, send
 from golf_ray.adaptation.fused import FusedAdapters
-from golf_ray.adaptation.packing import Budget, Step
-from golf_ray.config import AdaptationConfig
-from golf_ray.kernels.grouped import tile_rows_of
-
-LEVELS = 12
-"""Numbers of tokens that steps are padded to."""
-GRAINS = ((16, 4), (64, 8), (128, 16), (1 << 30, 32))
-"""Up to so many documents their number is padded to a multiple of that.
-
-What one of eight GPUs gets of the field's 50,000 documents are so 123 shapes of 4,784 steps, with
-8% more tokens and 6% more documents than there are.
-"""
+from golf_ray.adaptation.shapes import ShapeChoice
 
 CAPTURE_AFTER = 1
 """Times that a shape runs kernel by kernel before it is captured."""
@@ -41,28 +31,6 @@ SHORT_SHARE = 0.15
 
 Compute = Callable[[Batch, Tensor], Tensor]
 """(batch, the optimizer's factors) -> losses [S], with the adapters' step taken."""
-
-
-def shape_of(step: Step, adaptation: AdaptationConfig, budget: Budget) -> Shape | None:
-    """What a step is padded to; None for one that runs as it is: documents' last chunks, and a
-    window that is longer than the budget."""
-    num_tokens, count = step.window_tokens, len(step.members)
-    if not step.learns or num_tokens > budget.step_tokens:
-        return None
-    grain = next(grain for most, grain in GRAINS if count <= most)
-    documents = -(-count // grain) * grain
-    # A document of nothing is a chunk long, and there are fewer of them than the largest grain.
-    needed = num_tokens + (documents - count) * adaptation.chunk_size
-    level = -(-needed * LEVELS // budget.step_tokens)
-    room = GRAINS[-1][1] * adaptation.chunk_size
-    full = level >= LEVELS
-    return Shape(
-        tokens=budget.step_tokens + room if full else -(-level * budget.step_tokens // LEVELS),
-        documents=documents,
-        tile_rows=tile_rows_of([m.chunk.window_tokens for m in step.members]),
-        chunk_size=adaptation.chunk_size,
-        window=adaptation.window,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,9 +54,19 @@ class StepGraphs:
         adapters: that learn.
         compute: losses and the adapters' step.
         device: of the model.
+        thrifty: whether a step may be padded further than it needs, to spare a capture.
     """
 
-    def __init__(self, adapters: FusedAdapters, compute: Compute, device: torch.device) -> None:
+    def __init__(
+        self,
+        adapters: FusedAdapters,
+        compute: Compute,
+        device: torch.device,
+        *,
+        thrifty: bool = True,
+    ) -> None:
+        self.shapes = ShapeChoice(adapters.optimizer.adaptation, thrifty=thrifty)
+        """Says what a step is to be padded to."""
         self._adapters = adapters
         self._compute = compute
         self._device = device
@@ -127,6 +105,7 @@ class StepGraphs:
 
     def clear(self) -> None:
         """Give up what was captured, and its memory."""
+        self.shapes.clear()
         self._graphs.clear()
         self._seen.clear()
         self._pool = None
@@ -144,4 +123,5 @@ class StepGraphs:
         self._graphs[shape] = _Graph(
             graph=graph, wide=wide, narrow=narrow, factors=factors, losses_S=losses_S
         )
+        self.shapes.captured(shape)
         return self._graphs[shape]
