@@ -1,6 +1,6 @@
 """What a step is padded to: one of few shapes, because each costs a capture.
 
-To capture a shape takes as long as some dozen steps, and many shapes occur a few times only. So a
+To capture a shape takes as long as some ten steps, and many shapes occur a few times only. So a
 step is replayed in a roomier shape that is captured already until what that has wasted, added up
 for the shape that it would have by itself, is what a capture costs; then that one is captured: to
 rent until one has paid the price costs at most twice what knowing all that comes would. A step that

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-import torch._functorch.config
-import torch._inductor.config
-
 Function = TypeVar("Function", bound=Callable[..., object])
 
 _LEFT_OUT = "triton.mix_order_reduction"
@@ -19,6 +15,9 @@ factors of one table get as a gradient is whatever the memory held (pytorch/pyto
 
 def options() -> dict[str, Any]:
     """Inductor's settings that differ from its own."""
+    # Takes a second to load, which nobody is to wait for who compiles nothing.
+    import torch._inductor.config
+
     known = hasattr(torch._inductor.config.triton, _LEFT_OUT.rpartition(".")[2])
     return {_LEFT_OUT: False} if known else {}
 
@@ -32,6 +31,8 @@ def compiled(function: Function, *, fullgraph: bool = True) -> Function:
     Args:
         fullgraph: whether what cannot be part of one graph is an error.
     """
+    import torch._functorch.config
+
     # A saved tensor that is a view of a parameter (a stack of one, say) is taken for one that the
     # backward may write over: torch 2.13, seen on a model of one layer.
     torch._functorch.config.donated_buffer = False
