@@ -212,7 +212,7 @@ def test_auto_takes_the_fastest_that_works(
     monkeypatch.setattr(flash, "operators", lambda: standin)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(attention, "VARLEN", object())
+    monkeypatch.setattr(attention, "_varlen", lambda: (None, frozenset()))
     assert resolve_backend("auto", torch.device("cuda"), dtype, head_dim) == expected
 
 

@@ -68,7 +68,7 @@ def why_not(
             return "needs an NVIDIA GPU of compute capability 8.0 or later"
         if dtype not in (torch.bfloat16, torch.float16):
             return f"computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}"
-        if VARLEN is None:
+        if _varlen() is None:
             return "needs torch 2.10 or later"
     return None
 
@@ -143,33 +143,43 @@ def _sdpa_last(q_NCHd: Tensor, k_NSHd: Tensor, v_NSHd: Tensor) -> Tensor:
 # torch's variable-length attention --------------------------------------------------------------
 
 
-def _found_varlen() -> Any:
-    """torch's function, or None."""
-    try:
-        return importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except (ImportError, AttributeError):
-        return None
+_Varlen = tuple[Any, frozenset[str]]
+_looked_for: list[_Varlen | None] = []
+"""What `_varlen` found, once it has looked."""
 
 
-# Looked for here and not where it is called: torch.compile would trace the search.
-VARLEN = _found_varlen()
-VARLEN_PARAMETERS = frozenset(inspect.signature(VARLEN).parameters if VARLEN else ())
-"""They differ between versions."""
+def _varlen() -> _Varlen | None:
+    """torch's function and the names of its parameters, which differ between versions.
+
+    It takes a second to load, so it is looked for where it may be used; and not by a cache of
+    functools, through which torch.compile would trace the search.
+    """
+    if not _looked_for:
+        try:
+            function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        except (ImportError, AttributeError):
+            _looked_for.append(None)
+        else:
+            _looked_for.append((function, frozenset(inspect.signature(function).parameters)))
+    return _looked_for[0]
 
 
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    found = _varlen()
+    assert found is not None
+    function, parameters = found
     settings: dict[str, Any] = {}
-    if "window_size" in VARLEN_PARAMETERS:
+    if "window_size" in parameters:
         settings["window_size"] = (-1, 0)
     else:
         settings["is_causal"] = True
     repeat = q.shape[1] // k.shape[1]
-    if "enable_gqa" in VARLEN_PARAMETERS:
+    if "enable_gqa" in parameters:
         settings["enable_gqa"] = repeat > 1
     elif repeat > 1:
         k, v = (t.repeat_interleave(repeat, dim=1) for t in (k, v))
     bounds, longest = segments.cu_seqlens, segments.max_seqlen
-    return VARLEN(q, k, v, bounds, bounds, longest, longest, **settings)
+    return function(q, k, v, bounds, bounds, longest, longest, **settings)
 
 
 # scaled_dot_product_attention, segment by segment -----------------------------------------------
