@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from cli_runner import golf_ray
 
+from golf_ray.adaptation.engine import Engine
 from golf_ray.adaptation.plan import window_tokens, windows
 from golf_ray.bench import report
 from golf_ray.bench.adaptation import TttBench, whole_set_ms
@@ -169,6 +171,20 @@ def test_classes_are_timed_by_the_engine_itself() -> None:
     assert timing.documents == 1 and sorted(prices) == [16, 32, 48, 64]
     assert timing.window_tokens_per_s == pytest.approx(64 / timing.chunk_ms * 1e3)
     assert bench.start_ms() > 0
+
+
+def test_a_fresh_engine_finds_the_memory_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = TttBench(TINY, torch.device("cpu"))
+    before, new = weakref.ref(bench.engine), bench._new_engine
+    # As a GPU's graphs do, it holds a method that holds it.
+    bench.engine._graphs = bench.engine.losses  # type: ignore[assignment]
+
+    def made(*, thrifty: bool) -> Engine:
+        assert thrifty and before() is None
+        return new(thrifty=thrifty)
+
+    monkeypatch.setattr(bench, "_new_engine", made)
+    assert bench.run_afresh([40, 33]) > 0
 
 
 def test_ttt_document_as_tables() -> None:
