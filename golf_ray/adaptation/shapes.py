@@ -87,7 +87,7 @@ class ShapeChoice:
     """
 
     def __init__(self, adaptation: AdaptationConfig, *, thrifty: bool = True) -> None:
-        self.thrifty = thrifty
+        self._thrifty = thrifty
         self._adaptation = adaptation
         self._captured: set[Shape] = set()
         self._begun: set[Shape] = set()
@@ -97,7 +97,7 @@ class ShapeChoice:
     def of(self, step: Step, budget: Budget) -> Shape | None:
         """The shape to pad a step to; None for one that runs as it is."""
         wanted = shape_of(step, self._adaptation, budget)
-        if wanted is None or wanted in self._captured or not self.thrifty:
+        if wanted is None or wanted in self._captured or not self._thrifty:
             return wanted
         nearest = _least(self._captured, step, wanted)
         if nearest is None:
