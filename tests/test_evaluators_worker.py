@@ -129,8 +129,12 @@ def test_a_document_that_cannot_be_scored_is_found_among_many(spoilt: int) -> No
     assert len(worker(order(), tokens=tokens).run_unit((0, rest))) == len(rest)
 
 
+# Squares of nats under 1e-154 are no normal numbers of float64 and have fewer digits.
+NATS = st.just(0.0) | st.floats(1e-100, 1e4)
+
+
 @given(
-    st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 10_000)), min_size=2, max_size=30),
+    st.lists(st.tuples(NATS, st.integers(1, 10_000)), min_size=2, max_size=30),
     st.integers(0, 100),
 )
 def test_the_running_standard_error_is_that_of_a_ratio(
