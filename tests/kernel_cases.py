@@ -7,7 +7,7 @@ of the op, so what differs is the op's own rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from golf_ray.kernels import grouped
 from golf_ray.kernels.embedding import embed, embed_fused
-from golf_ray.kernels.grouped import RowsJob, Stretches, SumsJob, rows_twin, sums_twin
+from golf_ray.kernels.grouped import (
+    RowsJob,
+    Stretches,
+    SumsJob,
+    linear_twin,
+    rows_twin,
+    sums_twin,
+    within_of,
+)  # fmt: skip
 from golf_ray.kernels.heads import (
     attention_fused,
     prepare,
@@ -323,6 +331,70 @@ def grouped_rows(
     plain = Stretches.of(lengths, bank_rows)
     rows_twin(x.float(), bank.float(), expected, jobs, plain, turned=turned)
     return found.cpu(), expected
+
+
+LINEAR_SHAPES = [
+    ((5, 1, 40), 24, (16, 8), 16),
+    ((3,), 40, (64,), 5),
+    ((70, 33, 200), 96, (136, 8, 64), 32),
+    ((70, 33), 96, (130, 2), 32),
+    ((1,) * 140, 16, (128, 128), 16),
+]
+"""Rows of each document; width of the input; columns of each part, every other of them with an
+adapter, and its rank. Descriptors cannot address the last but one."""
+
+
+def grouped_linear(
+    dtype: torch.dtype,
+    lengths: tuple[int, ...],
+    width: int,
+    parts: tuple[int, ...],
+    rank: int,
+    *,
+    turned: bool,
+    device: str = "cpu",
+    out: torch.dtype | None = None,
+    scale: float = 1.0,
+    behind: int = 3,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One matrix's product and the adapters' of the first and every other part: the kernel's, the
+    twin's, and the adapters' alone.
+
+    Args:
+        out: dtype of the result.
+        scale: of what adapters add to a result of rms 1.
+        behind: rows of the buffer behind the documents'.
+    """
+    torch.manual_seed(0)
+    features = sum(parts)
+    x = torch.randn(sum(lengths) + behind, width).to(dtype)
+    w = torch.randn(features, width).div(width**0.5).to(dtype)
+    jobs, place, at = [], 3, 0
+    for i, columns in enumerate(parts):
+        if i % 2 == 0:
+            jobs.append(RowsJob(at, columns, 8 + len(jobs) * rank, rank, place * 8))
+            place += columns * rank
+        at += columns
+    bank = torch.randn(len(lengths) + 1, place * 8).to(dtype)
+    low = torch.randn(len(x), 8 + len(jobs) * rank).mul(scale / rank**0.5).to(dtype)
+    bank_rows = tuple(range(len(lengths)))[::-1]
+    plain = _longer(Stretches.of(lengths, bank_rows), behind)
+    stretches = _longer(Stretches.of(lengths, bank_rows, device), behind)
+    w = w.t().contiguous() if turned else w
+    found = grouped.linear(
+        x.to(device), w.to(device), low.to(device), bank.to(device), jobs, stretches,
+        turned=turned, dtype=out,
+    )  # fmt: skip
+    expected = linear_twin(x, w, low, bank, jobs, plain, turned=turned)
+    base = x.float() @ (w if turned else w.t()).float()
+    return found.cpu(), expected, expected - base
+
+
+def _longer(stretches: Stretches, rows: int) -> Stretches:
+    """The same documents in a buffer that has more rows."""
+    num_rows = stretches.num_rows + rows
+    within = torch.from_numpy(within_of(stretches.lengths, num_rows)).to(stretches.within.device)
+    return replace(stretches, num_rows=num_rows, within=within)
 
 
 def grouped_sums(

@@ -25,6 +25,7 @@ from golf_ray.adaptation.adapters import (
 from golf_ray.adaptation.philox import adapter_a
 from golf_ray.config import AdapterSite
 from golf_ray.errors import DataError
+from golf_ray.kernels.mlp import mlp
 from golf_ray.model.hooks import Site
 from golf_ray.presets import RECORD, TINY
 
@@ -131,6 +132,38 @@ def test_a_site_without_adapter_is_left_alone() -> None:
     y_TO = torch.randn(3, 16)
     hooks = AdapterHooks(bank.layout.views(bank.p_NP[:1]), rows, rows)
     assert hooks.adapt("mlp", 0, torch.randn(3, 16), y_TO) is y_TO
+
+
+@pytest.mark.parametrize("site", ["k", "mlp", "head"])
+def test_in_16_bits_what_is_added_is_added_before_the_sum_is_rounded(site: Site) -> None:
+    # An eighth of bfloat16's last place near 1, which a rounded sum would lose.
+    added, dtype = 2.0**-10, torch.bfloat16
+    slot = next(s for s in SLOTS if s.site == site)
+    bank = AdapterBank(LAYOUT, 1)
+    a, b = (t[0] for t in bank.layout.views(bank.p_NP)[site, slot.layer])
+    a[0, 0], b[:, 0] = 1.0, added
+    rows = RowLayout([2])
+    hooks = AdapterHooks(bank.layout.views(bank.p_NP), rows, rows)
+    x_TI = torch.zeros(2, 16, dtype=dtype)
+    x_TI[:, 0], x_TI[:, 1] = 1.0, 2.0**-8
+    x_TI.requires_grad_()
+    # 1 + 2^-8 less what is added: half-way between two numbers, and so rounded up with it only.
+    w_OI = torch.zeros(slot.out_features, 16, dtype=dtype)
+    w_OI[:, 0], w_OI[:, 1] = 1.0, 1.0
+    if site == "mlp":
+        up_FD = torch.eye(32, 16, dtype=dtype)
+        down_DF = torch.zeros(16, 32, dtype=dtype)
+        down_DF[:, 0], down_DF[:, 1] = 1.0, 2.0**8
+        y, h_TF = hooks.mlp(slot.layer, x_TI, up_FD, down_DF, mlp)
+        assert h_TF.dtype == dtype
+    else:
+        y = hooks.linear((site,), slot.layer, x_TI, w_OI, (slot.out_features,))
+    exact = 1 + 2.0**-8 + added
+    assert y.dtype == (torch.float32 if site == "head" else dtype)
+    assert (y == torch.tensor(exact).to(y.dtype)).all()
+    assert (torch.tensor(1 + 2.0**-8).to(dtype) + added).to(dtype).item() < y[0, 0].item()
+    (gradient,) = torch.autograd.grad(y.float().sum(), x_TI)
+    assert gradient.dtype == dtype and torch.isfinite(gradient).all() and gradient[0, 0] > 1
 
 
 def test_a_neighbours_rows_change_no_bit() -> None:

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from adaptation_cases import ADAPTATION, SMALL, TABLES, documents_of, small_model, stream
-from kernel_cases import GROUPED_SHAPES, grouped_rows, grouped_sums, interpreter_problem
+from kernel_cases import (
+    GROUPED_SHAPES,
+    LINEAR_SHAPES,
+    grouped_linear,
+    grouped_rows,
+    grouped_sums,
+    interpreter_problem,
+)  # fmt: skip
 from torch import Tensor
 
 from golf_ray.adaptation.adapters import AdapterLayout, adapter_slots
@@ -55,6 +62,39 @@ def test_sums_are_their_twin(dtype: torch.dtype, lengths: tuple[int, ...], a: in
     found, expected = grouped_sums(dtype, lengths, a, b)
     close(found, expected)
     assert (found[2] == 7).all(), "rows of documents that take no part are left alone"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("lengths", "width", "parts", "rank"), LINEAR_SHAPES)
+def test_linear_is_its_twin(
+    dtype: torch.dtype,
+    turned: bool,
+    lengths: tuple[int, ...],
+    width: int,
+    parts: tuple[int, ...],
+    rank: int,
+) -> None:
+    found, expected, _ = grouped_linear(dtype, lengths, width, parts, rank, turned=turned)
+    assert found.dtype == dtype
+    close(found, expected)
+    found, _, _ = grouped_linear(
+        dtype, lengths, width, parts, rank, turned=turned, out=torch.float32
+    )
+    assert found.dtype == torch.float32
+    close(found, expected)
+
+
+@pytest.mark.parametrize("width", [64, 2048])
+def test_what_adapters_add_is_added_before_the_sum_is_rounded(width: int) -> None:
+    # A tenth of float16's last place: of a sum that is rounded twice little of it is left.
+    found, expected, own = grouped_linear(
+        torch.float16, (130,), width, (256,), 32, turned=False, scale=3e-5
+    )
+    left = ((found.float() - (expected - own)) * own).sum() / own.square().sum()
+    # One rounding is as likely up as down: five standard errors.
+    spread = (found.float() - expected).std() / own.norm()
+    assert abs(left - 1) <= 5 * spread < 0.25, (float(left), float(spread))
 
 
 def test_fresh_adapters_are_those_of_philox_to_the_bit() -> None:

@@ -10,7 +10,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from kernel_cases import GROUPED_SHAPES, grouped_rows, grouped_sums
+from kernel_cases import (
+    GROUPED_SHAPES,
+    LINEAR_SHAPES,
+    grouped_linear,
+    grouped_rows,
+    grouped_sums,
+)  # fmt: skip
 from reference import TOKENIZER, VAL_SHARDS, final_state
 
 from evaluators.ttt import choose_documents
@@ -66,6 +72,44 @@ def test_rows_are_their_twin(
 @pytest.mark.parametrize(("lengths", "a", "b"), SHAPES)
 def test_sums_are_their_twin(dtype: torch.dtype, lengths: tuple[int, ...], a: int, b: int) -> None:
     close(*grouped_sums(dtype, lengths, a, b, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "width", "parts", "rank"),
+    [
+        *LINEAR_SHAPES,
+        ((2048, 300, 31), 512, (512, 256, 256), 96),
+        ((129, 64, 1), 2048, (512,), 96),
+        ((32,) * 9, 512, (8192,), 96),
+    ],
+)
+def test_linear_is_its_twin(
+    dtype: torch.dtype,
+    turned: bool,
+    lengths: tuple[int, ...],
+    width: int,
+    parts: tuple[int, ...],
+    rank: int,
+) -> None:
+    shape = lengths, width, parts, rank
+    found, expected, _ = grouped_linear(dtype, *shape, turned=turned, device="cuda")
+    close(found, expected)
+    found, expected, _ = grouped_linear(
+        dtype, *shape, turned=turned, device="cuda", out=torch.float32
+    )
+    close(found, expected)
+
+
+def test_what_adapters_add_is_added_before_the_sum_is_rounded() -> None:
+    # A tenth of bfloat16's last place; see the test in the interpreter.
+    found, expected, own = grouped_linear(
+        torch.bfloat16, (1300,), 512, (512,), 96, turned=False, scale=3e-4, device="cuda"
+    )
+    left = ((found.float() - (expected - own)) * own).sum() / own.square().sum()
+    spread = (found.float() - expected).std() / own.norm()
+    assert abs(left - 1) <= 5 * spread < 0.1, (float(left), float(spread))
 
 
 def test_fresh_adapters_have_the_bits_of_a_cpu() -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from golf_ray.adaptation.packing import Step
-from golf_ray.kernels.grouped import Stretches, tables_of, tile_rows_of
+from golf_ray.kernels.grouped import Stretches, tables_of, tile_rows_of, within_of
 from golf_ray.model.segments import Segments, TailRows
 
 ALIGN = 4
@@ -148,8 +148,9 @@ class HostBatch:
             ],
             np.int64,
         )
+        within = within_of(lengths, len(begins)), within_of(counts, sum(counts))
         narrow, narrow_places = _packed(
-            [bounds, scored, tiles, spans, last_tiles, last_spans], np.int32
+            [bounds, scored, tiles, spans, last_tiles, last_spans, *within], np.int32
         )
         return HostBatch(
             wide=wide,
@@ -173,7 +174,9 @@ class HostBatch:
     def over(self, wide: Tensor, narrow: Tensor) -> Batch:
         """The batch whose arrays are views of two tensors that hold, or will hold, its own."""
         ids_T, targets_S, positions_T, places_S = _views(wide, self.wide_places)
-        bounds, scored, tiles, spans, last_tiles, last_spans = _views(narrow, self.narrow_places)
+        bounds, scored, tiles, spans, last_tiles, last_spans, within, last_within = _views(
+            narrow, self.narrow_places
+        )
         body = Stretches(
             lengths=self.lengths,
             bank_rows=self.rows,
@@ -181,6 +184,7 @@ class HostBatch:
             tile_rows=self.tile_rows,
             tiles=tiles,
             documents=spans,
+            within=within,
         )
         ends = Stretches(
             lengths=self.counts,
@@ -189,6 +193,7 @@ class HostBatch:
             tile_rows=tile_rows_of(self.counts),
             tiles=last_tiles,
             documents=last_spans,
+            within=last_within,
         )
         return Batch(
             ids_T=ids_T,

@@ -3,8 +3,8 @@
 The arithmetic is the forward's (bfloat16 on a GPU); parameters and moments are float32, and every
 step leaves a rounded copy, the *shadow*, that products read. What adapters of one input have in
 common is done together: the A of queries, keys, values and of attention's output are one product,
-and what adapters add is written first, for the large product to be added to it: one pass over the
-outputs less, and one rounding.
+and what adapters add is added within the large product, before it is rounded. Logits are not
+rounded at all: their last place, in 16 bits, is larger than what most steps change of them.
 
 Adapters are no inputs of autograd. Each product that carries some writes their gradients where they
 belong when its own gradient comes by; an *anchor* that asks for a gradient makes it come by.
@@ -29,7 +29,7 @@ from golf_ray.adaptation.optimizer import AdapterOptimizer
 from golf_ray.config import ModelConfig
 from golf_ray.kernels import grouped
 from golf_ray.kernels.grouped import RowsJob, Stretches, SumsJob
-from golf_ray.kernels.mlp import fits, forward_fused, input_gradient_fused
+from golf_ray.kernels.mlp import fits, hidden_fused, hidden_gradient_fused
 from golf_ray.model.compute import Compute
 from golf_ray.model.hooks import Hooks, Mlp, Site
 
@@ -49,7 +49,7 @@ class _Jobs:
     low: tuple[RowsJob, ...]
     """x -> low."""
     expand: tuple[RowsJob, ...]
-    """low -> what the outputs are added to."""
+    """low -> outputs."""
     back: tuple[RowsJob, ...]
     """Outputs' gradient -> low's."""
     to_input: tuple[RowsJob, ...]
@@ -197,9 +197,11 @@ class FusedHooks(Hooks):
         if "o" in present and present["o"] < 0:
             begin = group.index("o") * self._adapters.layout.rank
             later = _Ahead(jobs.width, begin, self._adapters.jobs(slot, ("o",), (0,)))
+        dtype = torch.float32 if "head" in sites else x_TI.dtype
         y, low = _Linear.apply(
-            x_TI, w_OI, source_TI, self._adapters.anchor, self._adapters, stretches, jobs, later
-        )
+            x_TI, w_OI, source_TI, self._adapters.anchor, self._adapters, stretches, jobs, later,
+            dtype,
+        )  # fmt: skip
         if later is not None:
             self._ahead[slot] = (low, later)
         return y
@@ -245,35 +247,30 @@ def _back(
     grouped.rows(dy_TO, adapters.shadow_NP, dlow_TW, jobs.back, stretches, turned=True)
 
 
-def _expand(
-    low_TW: Tensor, features: int, adapters: FusedAdapters, stretches: Stretches, jobs: _Jobs
+def _input_gradient(
+    dy_TO: Tensor,
+    w_OI: Tensor,
+    dlow_TW: Tensor,
+    adapters: FusedAdapters,
+    stretches: Stretches,
+    jobs: _Jobs,
 ) -> Tensor:
-    """What adapters add to outputs of so many features: nothing to those of none."""
-    whole = sum(job.columns for job in jobs.expand) == features
-    y_TO = (low_TW.new_empty if whole else low_TW.new_zeros)(low_TW.shape[0], features)
-    grouped.rows(low_TW, adapters.shadow_NP, y_TO, jobs.expand, stretches)
-    return y_TO
-
-
-def _to_input(
-    dlow_TW: Tensor, like_TI: Tensor, adapters: FusedAdapters, stretches: Stretches, jobs: _Jobs
-) -> Tensor:
-    """Gradient of the adapters' input."""
-    dx_TI = torch.empty_like(like_TI)
-    grouped.rows(dlow_TW, adapters.shadow_NP, dx_TI, jobs.to_input, stretches, turned=True)
-    return dx_TI
+    """Gradient of an input that the matrix and the adapters share."""
+    return grouped.linear(
+        dy_TO, w_OI, dlow_TW, adapters.shadow_NP, jobs.to_input, stretches, turned=True
+    )
 
 
 class _Linear(torch.autograd.Function):
     """x W^T + low B^T with low = source A^T; also the part of low that comes later."""
 
     @staticmethod
-    def forward(ctx, x, w, source, anchor, adapters, stretches, jobs, ahead):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, w, source, anchor, adapters, stretches, jobs, ahead, dtype):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         inner = x if source is None else source
         low = _low(inner, adapters, stretches, jobs)
         if jobs.expand:
-            y = _expand(low, w.shape[0], adapters, stretches, jobs).addmm_(x, w.t())
+            y = grouped.linear(x, w, low, adapters.shadow_NP, jobs.expand, stretches, dtype=dtype)
         else:
             y = nn.functional.linear(x, w)
         ctx.save_for_backward(w, inner, low)
@@ -284,7 +281,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy, dlater):  # type: ignore[no-untyped-def]
         w, inner, low = ctx.saved_tensors
         adapters, stretches, jobs, ahead, apart = ctx.others
-        dy = dy.contiguous()
+        dy = dy.to(low.dtype).contiguous()
         dlow = torch.empty_like(low)
         if ahead is not None:
             if ahead.dlow is not None:
@@ -302,10 +299,11 @@ class _Linear(torch.autograd.Function):
             if apart:
                 dx = dy @ w
             else:
-                dx = _to_input(dlow, inner, adapters, stretches, jobs).addmm_(dy, w)
+                dx = _input_gradient(dy, w, dlow, adapters, stretches, jobs)
         if apart and ctx.needs_input_grad[2]:
-            dsource = _to_input(dlow, inner, adapters, stretches, jobs)
-        return dx, None, dsource, None, None, None, None, None
+            dsource = torch.empty_like(inner)
+            grouped.rows(dlow, adapters.shadow_NP, dsource, jobs.to_input, stretches, turned=True)
+        return dx, None, dsource, *[None] * 6
 
 
 class _Output(torch.autograd.Function):
@@ -313,7 +311,7 @@ class _Output(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, low, adapters, stretches, ahead):  # type: ignore[no-untyped-def]
-        y = _expand(low, w.shape[0], adapters, stretches, ahead.jobs).addmm_(x, w.t())
+        y = grouped.linear(x, w, low, adapters.shadow_NP, ahead.jobs.expand, stretches)
         ctx.save_for_backward(w, low)
         ctx.others = adapters, stretches, ahead
         return y
@@ -338,8 +336,8 @@ class _Mlp(torch.autograd.Function):
     def forward(ctx, n, up, down, anchor, adapters, stretches, jobs):  # type: ignore[no-untyped-def]
         ctx.set_materialize_grads(False)
         low = _low(n, adapters, stretches, jobs)
-        added = _expand(low, down.shape[0], adapters, stretches, jobs)
-        y, h, signs = forward_fused(n, up, down, added, gradient=any(ctx.needs_input_grad))
+        h, signs = hidden_fused(n, up, gradient=any(ctx.needs_input_grad))
+        y = grouped.linear(h, down, low, adapters.shadow_NP, jobs.expand, stretches)
         ctx.save_for_backward(n, up, down, h, signs, low)
         ctx.mark_non_differentiable(h)
         ctx.others = adapters, stretches, jobs
@@ -356,6 +354,6 @@ class _Mlp(torch.autograd.Function):
         grouped.sums(dlow, n, adapters.grads_NP, jobs.sums_a, stretches)
         dn = None
         if ctx.needs_input_grad[0]:
-            dn = _to_input(dlow, n, adapters, stretches, jobs)
-            dn = input_gradient_fused(dy, up, down, h, signs, dn)
+            dp = hidden_gradient_fused(dy, down, h, signs)
+            dn = _input_gradient(dp, up, dlow, adapters, stretches, jobs)
         return dn, *[None] * 6

@@ -5,6 +5,7 @@ a flat buffer fall to documents in stretches; each stretch meets the matrices of
 and no other. A *job* says which columns of the buffers meet which matrix:
 
     rows      out[t, n] = sum_k x[t, k] M_doc(t)[n, k]           one job a block of columns
+    linear    out[t, n] = sum_k x[t, k] W[n, k] + the rows' products of another buffer
     sums      grads_doc[a, b] = sum_t in doc u[t, a] w[t, b]
 
 Here are the descriptions, the twins in torch, and the choice between twin and kernel; the kernels
@@ -26,6 +27,8 @@ from torch import Tensor
 
 MOST_TILE_ROWS, LEAST_TILE_ROWS = 128, 32
 """Rows of a tile of the kernels: for long stretches, and for short ones."""
+FLAT_ROWS = 128
+"""Rows of the buffer, whosever they are, that `Stretches.within` speaks of at a time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +47,9 @@ class Stretches:
     """int32 [tiles, 3]: first row, one past the last, row of the bank; empty ones do nothing."""
     documents: Tensor
     """int32 [N, 3]: the same of whole documents."""
+    within: Tensor
+    """int32 [num_rows / FLAT_ROWS, 2]: the first document that has some of those rows, and how many
+    documents have."""
 
     @property
     def slices(self) -> list[slice]:
@@ -58,6 +64,7 @@ class Stretches:
         """Stretches of the given lengths."""
         found = tables_of(lengths, bank_rows, tile_rows_of(lengths))
         tiles, documents = (torch.from_numpy(t).to(device) for t in found)
+        within = torch.from_numpy(within_of(lengths, sum(lengths))).to(device)
         return Stretches(
             lengths=tuple(lengths),
             bank_rows=tuple(bank_rows),
@@ -65,6 +72,7 @@ class Stretches:
             tile_rows=tile_rows_of(lengths),
             tiles=tiles,
             documents=documents,
+            within=within,
         )
 
 
@@ -93,6 +101,17 @@ def tables_of(
         [first, np.minimum(first + rows, documents[of_tile, 1]), documents[of_tile, 2]], 1
     )
     return tiles.astype(np.int32), documents.astype(np.int32)
+
+
+def within_of(
+    lengths: Sequence[int], num_rows: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """`Stretches.within` of a buffer of so many rows, the documents' first."""
+    end_N = np.cumsum(np.asarray(lengths, dtype=np.int64))
+    row = np.arange(0, num_rows, FLAT_ROWS)
+    first = np.searchsorted(end_N, row, side="right")
+    past = np.searchsorted(end_N - np.asarray(lengths), row + FLAT_ROWS, side="left")
+    return np.stack([first, past - first], 1).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +157,24 @@ def rows_twin(
             out_TO[rows, job.out : job.out + job.columns].copy_(product)
 
 
+def linear_twin(
+    x_TK: Tensor,
+    w: Tensor,
+    low_TW: Tensor,
+    bank_NP: Tensor,
+    jobs: Sequence[RowsJob],
+    stretches: Stretches,
+    *,
+    turned: bool = False,
+) -> Tensor:
+    """The product and the rows' own, in float32 (float64 for float64); see `linear`."""
+    dtype = torch.promote_types(x_TK.dtype, torch.float32)
+    y_TO = x_TK.to(dtype) @ (w if turned else w.t()).to(dtype)
+    own_TO = torch.zeros_like(y_TO)
+    rows_twin(low_TW.to(dtype), bank_NP.to(dtype), own_TO, jobs, stretches, turned=turned)
+    return y_TO + own_TO
+
+
 def sums_twin(
     u_TA: Tensor,
     w_TB: Tensor,
@@ -173,6 +210,38 @@ def rows(
     from golf_ray.kernels.triton import grouped
 
     grouped.rows(x_TK, bank_NP, out_TO, tuple(jobs), stretches, turned=turned)
+
+
+def linear(
+    x_TK: Tensor,
+    w: Tensor,
+    low_TW: Tensor,
+    bank_NP: Tensor,
+    jobs: Sequence[RowsJob],
+    stretches: Stretches,
+    *,
+    turned: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One matrix's product with all rows plus each document's with its own, [T, O], as one kernel.
+
+    The sum is rounded once. cuBLAS rounds a product before it adds it to what is there (CUDA 13.0
+    on an H200, bfloat16, whatever the shape or the settings), and what is less than half of the
+    product's last place is lost then: an eighth of adapters that add a hundredth to rows of rms 1.
+
+    Args:
+        w: [O, K], or [K, O] if turned.
+        low_TW: the buffer of the jobs' x columns.
+        jobs: columns that none speaks of are the product alone.
+        turned: the jobs' matrices lie as [depth, columns] too.
+        dtype: of the result; x's where none is given.
+    """
+    from golf_ray.kernels.triton import grouped
+
+    dtype, jobs = dtype or x_TK.dtype, tuple(jobs)
+    if not grouped.addresses(x_TK, w, jobs, dtype, turned=turned):
+        return linear_twin(x_TK, w, low_TW, bank_NP, jobs, stretches, turned=turned).to(dtype)
+    return grouped.linear(x_TK, w, low_TW, bank_NP, jobs, stretches, turned=turned, dtype=dtype)
 
 
 def sums(

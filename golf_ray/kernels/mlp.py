@@ -52,31 +52,18 @@ def fits(model_dim: int, hidden: int, dtype: torch.dtype) -> bool:
     return model_dim * dtype.itemsize % ALIGN_BYTES == 0 == hidden * dtype.itemsize % ALIGN_BYTES
 
 
-def forward_fused(
-    n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, onto_TD: Tensor, *, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, D], activation [T, F] and its packed signs, for `input_gradient_fused`.
-
-    Args:
-        onto_TD: what the output is added to, in place.
-    """
+def hidden_fused(n_TD: Tensor, up_FD: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Activation [T, F] and its packed signs, for `hidden_gradient_fused`."""
     from golf_ray.kernels.triton import mlp as kernels
 
-    h_TF, signs = kernels.up(n_TD.contiguous(), up_FD, signs=gradient)
-    return onto_TD.addmm_(h_TF, down_DF.t()), h_TF, signs
+    return kernels.up(n_TD.contiguous(), up_FD, signs=gradient)
 
 
-def input_gradient_fused(
-    dy_TD: Tensor, up_FD: Tensor, down_DF: Tensor, h_TF: Tensor, signs: Tensor, onto_TD: Tensor
-) -> Tensor:
-    """The gradient of n alone, [T, D]: the matrices are not trained.
-
-    Args:
-        onto_TD: what it is added to, in place.
-    """
+def hidden_gradient_fused(dy_TD: Tensor, down_DF: Tensor, h_TF: Tensor, signs: Tensor) -> Tensor:
+    """The gradient of the pre-activation, [T, F]."""
     from golf_ray.kernels.triton import mlp as kernels
 
-    return onto_TD.addmm_(kernels.down_backward(dy_TD.contiguous(), down_DF, h_TF, signs), up_FD)
+    return kernels.down_backward(dy_TD.contiguous(), down_DF, h_TF, signs)
 
 
 def signs_shape(num_rows: int, hidden: int, dtype: torch.dtype) -> tuple[int, int, int]:

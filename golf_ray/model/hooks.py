@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from golf_ray.kernels.mlp import activation
+from golf_ray.kernels.wide import is_narrow, linear_in_float32
+
 Site = Literal["q", "k", "v", "o", "mlp", "head"]
 Mlp = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(n [T, D], up [F, D], down [D, F]) -> output [T, D] and hidden activation [T, F]."""
@@ -52,18 +55,23 @@ class Hooks:
     ) -> Tensor:
         """x W^T after adaptation, [T, O].
 
+        In 16 bits what adapters add is added before the result is rounded, and logits, whose last
+        place is larger than what most steps change of them, stay float32.
+
         Args:
             sites: whose outputs stand side by side in it.
             widths: output features of each.
             source_TI: the adapters' input, where it is not x.
         """
-        y = nn.functional.linear(x_TI, w_OI)
         if not any(self.adapts(site, slot) for site in sites):
-            return y
+            return nn.functional.linear(x_TI, w_OI)
+        narrow = is_narrow(x_TI.dtype)
+        y = (linear_in_float32 if narrow else nn.functional.linear)(x_TI, w_OI)
         source = x_TI if source_TI is None else source_TI
         pieces = zip(sites, y.split(tuple(widths), dim=1), strict=True)
         adapted = [self.adapt(site, slot, source, piece) for site, piece in pieces]
-        return adapted[0] if len(adapted) == 1 else torch.cat(adapted, 1)
+        y = adapted[0] if len(adapted) == 1 else torch.cat(adapted, 1)
+        return y.to(x_TI.dtype) if narrow and "head" not in sites else y
 
     def mlp(
         self, slot: int, n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, mlp: Mlp
@@ -73,5 +81,9 @@ class Hooks:
         Args:
             mlp: how to compute it without adapters.
         """
-        y, h_TF = mlp(n_TD, up_FD, down_DF)
-        return self.adapt("mlp", slot, n_TD, y), h_TF
+        if not (self.adapts("mlp", slot) and is_narrow(n_TD.dtype)):
+            y, h_TF = mlp(n_TD, up_FD, down_DF)
+            return self.adapt("mlp", slot, n_TD, y), h_TF
+        h_TF = activation(nn.functional.linear(n_TD, up_FD))
+        y = self.adapt("mlp", slot, n_TD, linear_in_float32(h_TF, down_DF))
+        return y.to(n_TD.dtype), h_TF

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -26,3 +27,16 @@ def bits_of(dtype: torch.dtype) -> int:
 def precision_of(dtype: torch.dtype) -> str:
     """Precision of Triton's products: no TF32 where the arithmetic is float32."""
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiling:
+    """How a product is cut."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    registers: int | None = None
+    """A thread's at most; None for as many as there are."""

@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from golf_ray.kernels.grouped import RowsJob, Stretches, SumsJob
-from golf_ray.kernels.triton.device import bits_of, precision_of
+from golf_ray.kernels.grouped import FLAT_ROWS, RowsJob, Stretches, SumsJob
+from golf_ray.kernels.triton.device import Tiling, bits_of, precision_of
 
 COLUMNS = {16: 128, 32: 32}
 """Columns of a tile by bits of the arithmetic."""
@@ -24,6 +25,21 @@ DEPTH = {16: 64, 32: 32}
 FLAT_COLUMNS, FLAT_DEPTH = 64, 32
 """Of products over a rank, which are little more than a write of the result: 96,256 rows of rank 96
 onto 1,024 columns in bfloat16 on an H200 took a tenth longer with wider tiles."""
+LINEAR = {
+    # 63,488 rows of 31 documents in bfloat16 on an H200, in ms, with cuBLAS behind a kernel of the
+    # adapters in brackets: 512 -> 1,024 with rank 96 0.160 (0.207), 512 -> 512 0.088 (0.114).
+    16: Tiling(rows=128, columns=128, depth=64, warps=4, stages=3),
+    # Float32 is no tensor cores' work: to be right, not fast.
+    32: Tiling(rows=32, columns=32, depth=32, warps=4, stages=2),
+}
+LINEAR_DEEP = Tiling(rows=128, columns=256, depth=64, warps=8, stages=4)
+"""In 16 bits, for many products an element: 2,048 -> 512 0.218 ms (0.237), and 0.223 the other way;
+1,024 -> 512 with 384 more columns 0.160 (0.175), and 0.164."""
+DEEP = 1024
+LINEAR_DEPTH = 32
+"""Columns of the adapters' part at a time."""
+DESCRIPTOR_BYTES = 16
+"""Rows of tensor descriptors, and where they begin, are multiples of it."""
 SUMS_TILE = {16: 128, 32: 32}
 SUMS_DEPTH = {16: 64, 32: 32}
 STEP_ELEMENTS = 2048
@@ -76,6 +92,67 @@ def _rows(
         right += BLOCK_K * stride if TURNED else BLOCK_K
     target = out + row * out_stride + to + n
     tl.store(target, total.to(out.dtype.element_ty), mask=inside & (n < columns))
+
+
+@triton.jit
+def _linear(
+    x_desc, w_desc, low, bank, out_desc, out, jobs, documents, within, num_rows, num_jobs,
+    bank_stride, low_stride, out_stride,
+    K: tl.constexpr, DEPTH: tl.constexpr, TURNED: tl.constexpr, ALIGN: tl.constexpr,
+    FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[t, n] = sum_k x[t, k] W[n, k] + sum_r low[t, r] M[n, r], M that of the row's document.
+
+    Tiles are of rows whosever they are, so that none is half empty: rows of another document are
+    zeros to a document's matrix.
+    """
+    # Neighbours share rows, which are then read from the cache.
+    row = (tl.program_id(0) // num_jobs) * BLOCK_M
+    job = jobs + (tl.program_id(0) % num_jobs) * 6
+    to = tl.multiple_of(tl.load(job), ALIGN)
+    columns = tl.multiple_of(tl.load(job + 1), ALIGN)
+    begin = tl.multiple_of(tl.load(job + 2), ALIGN)
+    adapted = tl.load(job + 3) > 0
+    place = tl.multiple_of(tl.load(job + 4), ALIGN)
+    stride = tl.multiple_of(tl.load(job + 5), ALIGN)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = x_desc.load([row, k])
+        if TURNED:
+            total = tl.dot(x, w_desc.load([k, to]), total, input_precision=PRECISION)
+        else:
+            total = tl.dot(x, w_desc.load([to, k]).T, total, input_precision=PRECISION)
+    rows = (row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    n = tl.arange(0, BLOCK_N)[None, :]
+    r = tl.arange(0, BLOCK_R)
+    entry = within + row // FLAT * 2
+    document = documents + tl.load(entry) * 3
+    count = tl.where(adapted, tl.load(entry + 1), 0)
+    for _ in range(count):
+        first, end = tl.load(document), tl.load(document + 1)
+        matrix = bank + tl.load(document + 2).to(tl.int64) * bank_stride + place
+        mine = (rows >= first) & (rows < end)
+        for start in range(0, DEPTH, BLOCK_R):
+            k = start + r
+            left = low + rows * low_stride + begin + k[None, :]
+            if TURNED:
+                right = matrix + k[:, None] * stride + n
+            else:
+                right = matrix + n * stride + k[:, None]
+            if DEPTH % BLOCK_R == 0:
+                a = tl.load(left, mask=mine, other=0.0)
+                b = tl.load(right, mask=n < columns, other=0.0)
+            else:
+                a = tl.load(left, mask=mine & (k[None, :] < DEPTH), other=0.0)
+                b = tl.load(right, mask=(n < columns) & (k[:, None] < DEPTH), other=0.0)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        document += 3
+    y = total.to(out.dtype.element_ty)
+    if columns == BLOCK_N:
+        out_desc.store([row, to], y)
+    else:
+        tl.store(out + rows * out_stride + to + n, y, mask=(rows < num_rows) & (n < columns))
 
 
 @triton.jit
@@ -146,14 +223,34 @@ def _step(
 def _rows_table(
     jobs: tuple[RowsJob, ...], turned: bool, columns: int, device: torch.device
 ) -> tuple[Tensor, bool, int]:
-    """Jobs cut into tiles of columns, int32 [n, 6]; whether depths are whole; their alignment."""
-    table = []
-    for job in jobs:
-        stride = job.columns if turned else job.depth
-        for start in range(0, job.columns, columns):
-            count = min(columns, job.columns - start)
-            place = job.place + (start if turned else start * stride)
-            table.append((job.out + start, count, job.x, job.depth, place, stride))
+    """Jobs cut into tiles of columns, int32 [n, 6]; their alignment; what divides their depths."""
+    table = [line for job in jobs for line in _cut(job, turned, columns)]
+    return _table(table, (0, 1, 2, 4, 5), device)
+
+
+def _cut(job: RowsJob, turned: bool, columns: int) -> list[tuple[int, ...]]:
+    """First column, how many, first column of x, depth, place and stride of the matrix, by tile."""
+    stride = job.columns if turned else job.depth
+    table: list[tuple[int, ...]] = []
+    for start in range(0, job.columns, columns):
+        count = min(columns, job.columns - start)
+        place = job.place + (start if turned else start * stride)
+        table.append((job.out + start, count, job.x, job.depth, place, stride))
+    return table
+
+
+@functools.lru_cache(maxsize=4096)
+def _linear_table(
+    jobs: tuple[RowsJob, ...], turned: bool, columns: int, features: int, device: torch.device
+) -> tuple[Tensor, bool, int]:
+    """`_rows_table` of all columns; those that no job speaks of have a depth of 0."""
+    table: list[tuple[int, ...]] = []
+    at = 0
+    for job in [*sorted(jobs, key=lambda job: job.out), RowsJob(features, 0, 0, 0, 0)]:
+        for start in range(at, job.out, columns):
+            table.append((start, min(columns, job.out - start), 0, 0, 0, 0))
+        table += _cut(job, turned, columns)
+        at = job.out + job.columns
     return _table(table, (0, 1, 2, 4, 5), device)
 
 
@@ -204,6 +301,53 @@ def rows(
         PRECISION=precision_of(x_TK.dtype), num_warps=4 if flat or stretches.tile_rows < 128 else 8,
         num_stages=4 if flat else 3,
     )  # fmt: skip
+
+
+def addresses(
+    x_TK: Tensor, w: Tensor, jobs: tuple[RowsJob, ...], dtype: torch.dtype, *, turned: bool
+) -> bool:
+    """Whether tensor descriptors can read the operands of `linear` and write its result."""
+    features = w.shape[1 if turned else 0]
+    columns = {features, *(n for job in jobs for n in (job.out, job.out + job.columns))}
+    size = min(x_TK.itemsize, dtype.itemsize)
+    bytes_of_rows = x_TK.stride(0) * x_TK.itemsize, w.stride(0) * w.itemsize
+    places = (*bytes_of_rows, x_TK.data_ptr(), w.data_ptr(), *(n * size for n in columns))
+    return x_TK.stride(1) == 1 == w.stride(1) and all(n % DESCRIPTOR_BYTES == 0 for n in places)
+
+
+def linear(
+    x_TK: Tensor,
+    w: Tensor,
+    low_TW: Tensor,
+    bank_NP: Tensor,
+    jobs: tuple[RowsJob, ...],
+    stretches: Stretches,
+    *,
+    turned: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Launch; see `golf_ray.kernels.grouped.linear`."""
+    (T, K), features, bits = x_TK.shape, w.shape[1 if turned else 0], bits_of(x_TK.dtype)
+    (depth,) = {job.depth for job in jobs}
+    assert low_TW.stride(1) == 1 and T == stretches.num_rows == len(low_TW)
+    cut = LINEAR[bits]
+    whole = all(n % LINEAR_DEEP.columns == 0 for job in jobs for n in (job.out, job.columns))
+    if bits == 16 and K >= DEEP and whole:
+        cut = LINEAR_DEEP
+    table, aligned, _ = _linear_table(jobs, turned, cut.columns, features, x_TK.device)
+    of_w = [cut.depth, cut.columns] if turned else [cut.columns, cut.depth]
+    out_TO = x_TK.new_empty(T, features, dtype=dtype)
+    _linear[(triton.cdiv(T, cut.rows) * len(table),)](
+        TensorDescriptor.from_tensor(x_TK, [cut.rows, cut.depth]),
+        TensorDescriptor.from_tensor(w, of_w),
+        low_TW, bank_NP, TensorDescriptor.from_tensor(out_TO, [cut.rows, cut.columns]), out_TO,
+        table, stretches.documents, stretches.within, T, len(table),
+        bank_NP.stride(0), low_TW.stride(0), out_TO.stride(0),
+        K=K, DEPTH=depth, TURNED=turned, ALIGN=ALIGNED if aligned else 1, FLAT=FLAT_ROWS,
+        BLOCK_M=cut.rows, BLOCK_N=cut.columns, BLOCK_K=cut.depth, BLOCK_R=LINEAR_DEPTH,
+        PRECISION=precision_of(x_TK.dtype), num_warps=cut.warps, num_stages=cut.stages,
+    )  # fmt: skip
+    return out_TO
 
 
 def sums(

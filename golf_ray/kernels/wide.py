@@ -1,0 +1,38 @@
+"""Products of 16-bit numbers whose sums are not rounded: for what is added to before it is.
+
+A sum of 16-bit products is made in float32 anyhow. Rounded to 16 bits before something small is
+added, most of what is small is lost.
+
+Shapes: T rows, I input and O output features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether an arithmetic has fewer digits than the sums of its products."""
+    return dtype.itemsize < torch.float32.itemsize
+
+
+def linear_in_float32(x_TI: Tensor, w_OI: Tensor) -> Tensor:
+    """x w^T, float32 [T, O]; the gradients are in the operands' own arithmetic."""
+    return _Linear.apply(x_TI, w_OI)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, w)
+        if x.is_cuda:
+            return torch.mm(x, w.t(), out_dtype=torch.float32)
+        return x.float() @ w.float().t()
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, w = ctx.saved_tensors
+        dy = dy.to(x.dtype)
+        dx = dy @ w if ctx.needs_input_grad[0] else None
+        return dx, dy.t() @ x if ctx.needs_input_grad[1] else None
