@@ -103,10 +103,12 @@ def test_bench_kernels_without_a_gpu_times_torch() -> None:
     assert done.status == 0, done.err
     rows = json.loads(done.out)["kernels"]
     assert {row["operation"] for row in rows} == {
-        "mix, 3 tensors", "mix, 2 tensors", "mlp", "head and loss", "embedding", "attention"
+        "mix, 3 tensors", "mix, 2 tensors", "mlp", "head and loss", "embedding", "attention",
+        "adapters, rows", "adapters, in a product", "adapters, sums",
     }  # fmt: skip
     for row in rows:
-        assert row["twin_both_ms"] > 0 and row["fused_both_ms"] is None
+        assert row["twin_forward_ms"] > 0 and row["fused_forward_ms"] is None
+        assert (row["twin_both_ms"] is None) == row["operation"].startswith("adapters")
         assert row["against_twin"] is None
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from golf_ray.bench.host import field_segments
 from golf_ray.bench.timing import busy_ms
 from golf_ray.config import Config
-from golf_ray.kernels import compiling, embedding, heads, loss, mlp, residual
+from golf_ray.kernels import compiling, embedding, grouped, heads, loss, mlp, residual
+from golf_ray.kernels.grouped import RowsJob, Stretches, SumsJob
 from golf_ray.kernels.residual import Mix
 from golf_ray.model.attention import attend
 from golf_ray.model.compute import Compute
@@ -27,7 +28,7 @@ Run = Callable[..., Sequence[Tensor]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelTiming:
-    """Milliseconds of one operation; None where it cannot run."""
+    """Milliseconds of one operation; None where it cannot run, or has no backward of its own."""
 
     operation: str
     shape: str
@@ -43,13 +44,14 @@ class KernelTiming:
         """Plain data, with ratios: how many times faster the fused operation is."""
         return {
             **asdict(self),
-            "against_twin": _ratio(self.twin_both_ms, self.fused_both_ms),
-            "against_compiled": _ratio(self.compiled_both_ms, self.fused_both_ms),
+            "against_twin": self._ratio(self.twin_forward_ms, self.twin_both_ms),
+            "against_compiled": self._ratio(self.compiled_forward_ms, self.compiled_both_ms),
         }
 
-
-def _ratio(theirs: float | None, ours: float | None) -> float | None:
-    return theirs / ours if theirs is not None and ours else None
+    def _ratio(self, forward_ms: float | None, both_ms: float | None) -> float | None:
+        theirs = forward_ms if both_ms is None else both_ms
+        ours = self.fused_forward_ms if self.fused_both_ms is None else self.fused_both_ms
+        return theirs / ours if theirs is not None and ours else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,7 @@ class _Case:
     operation: str
     shape: str
     leaves: list[Tensor]
+    """What has a gradient; nothing where there is no backward."""
     fused: Run
     twin: Run
 
@@ -92,7 +95,7 @@ def time_kernels(
         )
 
 
-def _timed(run: Run, leaves: list[Tensor], device: torch.device) -> tuple[float, float]:
+def _timed(run: Run, leaves: list[Tensor], device: torch.device) -> tuple[float, float | None]:
     seeds = [torch.randn_like(output) for output in run(*leaves)]
 
     def forward() -> object:
@@ -102,7 +105,7 @@ def _timed(run: Run, leaves: list[Tensor], device: torch.device) -> tuple[float,
     def both() -> None:
         torch.autograd.grad(list(run(*leaves)), leaves, seeds, allow_unused=True)
 
-    return busy_ms(forward, device), busy_ms(both, device)
+    return busy_ms(forward, device), busy_ms(both, device) if leaves else None
 
 
 def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_Case]:
@@ -176,4 +179,53 @@ def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_
             )
         ],
         twin=twin,
+    )
+    yield from _adapters(config, device, compute)
+
+
+def _adapters(config: Config, device: torch.device, compute: Compute) -> Iterator[_Case]:
+    """Products of test-time training: documents with a full window each."""
+    D, R = config.model.model_dim, config.adaptation.rank
+    L = min(config.adaptation.window, config.train.micro_batch_tokens)
+    N = config.train.micro_batch_tokens // L
+    shape = f"{N} documents x {L}, {D}x{D}, rank {R}"
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(compute.dtype)
+
+    x, low, w = normal(N * L, D), normal(N * L, R), normal(D, D)
+    bank = normal(N, R * D)
+    into, back = (RowsJob(0, R, 0, D, 0),), (RowsJob(0, D, 0, R, 0),)
+    sums = (SumsJob(0, R, 0, D, 0),)
+    stretches = Stretches.of([L] * N, range(N), device)
+    a_NRD, b_NDR = bank.view(N, R, D), bank.view(N, D, R)
+
+    def rows() -> list[Tensor]:
+        grouped.rows(x, bank, low, into, stretches)
+        return [low]
+
+    def gradients() -> list[Tensor]:
+        grouped.sums(low, x, bank, sums, stretches)
+        return [bank]
+
+    yield _Case(
+        operation="adapters, rows",
+        shape=shape,
+        leaves=[],
+        fused=rows,
+        twin=lambda: [torch.bmm(x.view(N, L, D), a_NRD.mT)],
+    )
+    yield _Case(
+        operation="adapters, in a product",
+        shape=shape,
+        leaves=[],
+        fused=lambda: [grouped.linear(x, w, low, bank, back, stretches)],
+        twin=lambda: [torch.baddbmm((x @ w.t()).view(N, L, D), low.view(N, L, R), b_NDR.mT)],
+    )
+    yield _Case(
+        operation="adapters, sums",
+        shape=shape,
+        leaves=[],
+        fused=gradients,
+        twin=lambda: [torch.bmm(low.view(N, L, R).mT, x.view(N, L, D))],
     )

@@ -239,7 +239,9 @@ def kernel_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
 
 
 def _ms(forward: float | None, both: float | None) -> str:
-    return "-" if forward is None or both is None else f"{forward:.3f} / {both:.3f}"
+    if forward is None:
+        return "-"
+    return f"{forward:.3f}" + ("" if both is None else f" / {both:.3f}")
 
 
 def _times(ratio: float | None) -> str:
