@@ -137,7 +137,7 @@ def test_a_little_less_memory_never_gives_more(
 
 def test_a_token_more_does_not_cost_a_document() -> None:
     adaptation = AdaptationConfig(rank=8)
-    budgets = [budget_on_gpu((10 * GB + n * 10**5, 0, 0), adaptation) for n in range(3000)]
+    budgets = [budget_on_gpu((10 * GB + n * 2 * 10**6, 0, 0), adaptation) for n in range(3000)]
     for name in ("residents", "step_tokens"):
         values = [getattr(budget, name) for budget in budgets]
         assert values == sorted(values) and values[0] < values[-1]

@@ -49,7 +49,12 @@ class Shape:
     @property
     def num_bounds(self) -> int:
         """Bounds of segments: of documents, and of those that fill up."""
-        return self.documents + self.tokens // self.window + 3
+        return self.documents + self.num_fillers + 2
+
+    @property
+    def num_fillers(self) -> int:
+        """Segments that fill up: as many as stay within the window whatever there is to fill."""
+        return self.tokens // self.window + 1
 
     @property
     def num_tiles(self) -> int:
@@ -117,7 +122,9 @@ class HostBatch:
             counts += [shape.chunk_size] * nothing
             rest = shape.tokens - sum(lengths)
             assert nothing >= 0 and rest >= 0, (shape, nothing, rest)
-            fillers = [shape.window] * (rest // shape.window) + [rest % shape.window]
+            # Evenly, because attention takes a segment's square: what fills up is next to no work
+            # for it.
+            fillers = [len(part) for part in np.array_split(np.arange(rest), shape.num_fillers)]
             zeros = np.zeros(rest + nothing * shape.chunk_size, tokens.dtype)
             windows.append(zeros)
             targets.append(zeros[: nothing * shape.chunk_size])

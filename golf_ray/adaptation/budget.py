@@ -73,7 +73,8 @@ def choose_budget(
             # Short documents need rows.
             share = max(adaptation.window * of_token, int(PASSES_SHARE * room))
             of_passes = min(of_passes, share)
-            step_tokens = of_passes // of_token
+            # Whole windows: where all are long nothing else fills what is left.
+            step_tokens = of_passes // of_token // adaptation.window * adaptation.window
         if adaptation.resident_documents is None:
             # What a token is too short of stays free: a token more must not cost a document.
             left = room - of_passes

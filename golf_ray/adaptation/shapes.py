@@ -57,7 +57,7 @@ def shape_of(
     # A document of nothing is a chunk long, and there are fewer of them than the largest grain.
     needed = num_tokens + (documents - count) * adaptation.chunk_size
     level = -(-needed * LEVELS // budget.step_tokens) + room_levels
-    room = GRAINS[-1][1] * adaptation.chunk_size
+    room = (grain - 1) * adaptation.chunk_size
     full = level >= LEVELS
     return Shape(
         tokens=budget.step_tokens + room if full else -(-level * budget.step_tokens // LEVELS),
