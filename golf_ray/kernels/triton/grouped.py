@@ -134,18 +134,18 @@ def _linear(
         matrix = bank + tl.load(document + 2).to(tl.int64) * bank_stride + place
         mine = (rows >= first) & (rows < end)
         for start in range(0, DEPTH, BLOCK_R):
-            k = start + r
-            left = low + rows * low_stride + begin + k[None, :]
+            part = start + r
+            left = low + rows * low_stride + begin + part[None, :]
             if TURNED:
-                right = matrix + k[:, None] * stride + n
+                right = matrix + part[:, None] * stride + n
             else:
-                right = matrix + n * stride + k[:, None]
+                right = matrix + n * stride + part[:, None]
             if DEPTH % BLOCK_R == 0:
                 a = tl.load(left, mask=mine, other=0.0)
                 b = tl.load(right, mask=n < columns, other=0.0)
             else:
-                a = tl.load(left, mask=mine & (k[None, :] < DEPTH), other=0.0)
-                b = tl.load(right, mask=(n < columns) & (k[:, None] < DEPTH), other=0.0)
+                a = tl.load(left, mask=mine & (part[None, :] < DEPTH), other=0.0)
+                b = tl.load(right, mask=(n < columns) & (part[:, None] < DEPTH), other=0.0)
             total = tl.dot(a, b, total, input_precision=PRECISION)
         document += 3
     y = total.to(out.dtype.element_ty)
