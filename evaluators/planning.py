@@ -40,8 +40,8 @@ SHORTEST_S: Final = 1.0
 """A unit's time may always be this long."""
 FILL: Final = 3.0
 """A unit may take so many times as long as the chain of its longest document leaves the device
-idle. By the costs of "cuda" the field's 50,000 documents then take 1.04 times their work in units;
-1.06 at 2, 1.03 at 4, and 4.9 times with every long document by itself."""
+idle. By the costs of "cuda" the field's 50,000 documents then take 1.015 times their work in units;
+1.02 at 2, 1.01 at 4, and 1.4 times with every long document by itself."""
 CLOSE: Final = 1.05
 """What is within this of a bound is as good as the bound."""
 
@@ -111,14 +111,14 @@ class CostModel:
 
 COSTS: Final[Mapping[str, CostModel]] = MappingProxyType(
     {
-        # The record's model in bfloat16 on one H200, chunks of 32, steps of 98,304 tokens.
+        # The record's model in bfloat16 on one H200, chunks of 32, steps of 63,488 tokens.
         "cuda": CostModel(
             chunk_ms=(
-                (64, 0.155), (128, 0.203), (256, 0.290), (512, 0.559), (1024, 1.02), (2048, 2.23),
+                (64, 0.146), (128, 0.188), (256, 0.290), (512, 0.503), (1024, 1.01), (2048, 2.14),
             ),
             ending_share=0.4,
             document_ms=0.06,
-            step_ms=25.0,
+            step_ms=9.0,
         ),
         # The laptop's model in float32 on one core of an AMD EPYC, steps of four documents, chunks
         # of 32; about, since other work ran beside it.

@@ -90,7 +90,7 @@ def test_documents_together_take_neither_less_than_their_work_nor_than_the_longe
 
 def test_windows_beyond_the_table_cost_in_proportion() -> None:
     cost = COSTS["cuda"]
-    assert cost.chunk_s(np.array([2048, 4096, 32])) == pytest.approx([2.23e-3, 4.46e-3, 0.155e-3])
+    assert cost.chunk_s(np.array([2048, 4096, 32])) == pytest.approx([2.14e-3, 4.28e-3, 0.146e-3])
 
 
 def test_a_document_alone_leaves_a_gpu_idle_more_than_a_cpu() -> None:
@@ -98,7 +98,7 @@ def test_a_document_alone_leaves_a_gpu_idle_more_than_a_cpu() -> None:
         device: 1 - cost.document_s(20_000, FIELD) / cost.chain_s(20_000, FIELD)
         for device, cost in COSTS.items()
     }
-    assert idle["cuda"] > 0.9 > 0.1 > idle["cpu"]
+    assert idle["cuda"] > 0.7 > 0.1 > idle["cpu"]
 
 
 # Units --------------------------------------------------------------------------------------------

@@ -26,14 +26,16 @@ GRAINS = ((16, 4), (64, 8), (128, 16), (1 << 30, 32))
 """Up to so many documents their number is padded to a multiple of that."""
 ROOM_LEVELS = 2
 """More than a step needs, where no captured shape has room for it."""
-TOKEN_MS, DOCUMENT_MS = 1.1e-3, 0.1
+TOKEN_MS, DOCUMENT_MS = 0.8e-3, 0.06
 """What a token and a document of nothing take: the record's model on an H200."""
-CAPTURE_MS = 300.0
-"""What a capture takes there, with the step before it that runs kernel by kernel.
+CAPTURE_MS = 150.0
+"""What a capture takes there, 60 to 210 ms, with the step before it that runs kernel by kernel, as
+a host needs 110 ms to launch it.
 
-By these figures, counted and not measured, one of eight GPUs captures 44 shapes for its part of the
-field's 50,000 documents, and 102 if each step has the least; a sample of 2,000 documents takes one
-GPU 59 s in place of 74, of which 41 are the steps'.
+By these figures, counted and not measured, one of eight GPUs captures 45 to 48 shapes for its part
+of the field's 50,000 documents, which takes 144 to 157 s, and some 100 if each step has the least:
+151 to 165 s. A sample of 2,000 documents takes one GPU 50 s in place of 57, of which 39 are the
+steps'.
 """
 
 

@@ -129,7 +129,9 @@ def _linear(
     entry = within + row // FLAT * 2
     document = documents + tl.load(entry) * 3
     count = tl.where(adapted, tl.load(entry + 1), 0)
-    for _ in range(count):
+    # Not pipelined: where a document's part is one iteration, Triton 3.6 lets the next document's
+    # bounds take the place of those that are still being read.
+    for _ in tl.range(0, count, num_stages=1):
         first, end = tl.load(document), tl.load(document + 1)
         matrix = bank + tl.load(document + 2).to(tl.int64) * bank_stride + place
         mine = (rows >= first) & (rows < end)
