@@ -334,14 +334,16 @@ def grouped_rows(
 
 
 LINEAR_SHAPES = [
-    ((5, 1, 40), 24, (16, 8), 16),
-    ((3,), 40, (64,), 5),
-    ((70, 33, 200), 96, (136, 8, 64), 32),
+    ((5, 1, 40), 72, (16, 8), 32),
+    ((3,), 24, (64,), 5),
+    ((70, 33, 200), 96, (136, 8, 64), 64),
     ((70, 33), 96, (130, 2), 32),
-    ((1,) * 140, 16, (128, 128), 16),
+    ((1,) * 140, 72, (128, 128), 32),
+    ((40, 2), 72, (64,), 48),
 ]
 """Rows of each document; width of the input; columns of each part, every other of them with an
-adapter, and its rank. Descriptors cannot address the last but one."""
+adapter, and its rank. Not all are for the kernel: some are too narrow, and some beside the grid of
+descriptors."""
 
 
 def grouped_linear(

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from golf_ray.kernels.wide import linear_in_float32
+
 MOST_TILE_ROWS, LEAST_TILE_ROWS = 128, 32
 """Rows of a tile of the kernels: for long stretches, and for short ones."""
 FLAT_ROWS = 128
@@ -223,11 +225,12 @@ def linear(
     turned: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One matrix's product with all rows plus each document's with its own, [T, O], as one kernel.
+    """One matrix's product with all rows plus each document's with its own, [T, O].
 
-    The sum is rounded once. cuBLAS rounds a product before it adds it to what is there (CUDA 13.0
-    on an H200, bfloat16, whatever the shape or the settings), and what is less than half of the
-    product's last place is lost then: an eighth of adapters that add a hundredth to rows of rms 1.
+    One kernel where its shapes allow, and in any case rounded once. cuBLAS rounds a product before
+    it adds it to what is there (CUDA 13.0 on an H200, bfloat16, whatever the shape or the
+    settings), and what is less than half of the product's last place is lost then: an eighth of
+    adapters that add a hundredth to rows of rms 1.
 
     Args:
         w: [O, K], or [K, O] if turned.
@@ -239,8 +242,11 @@ def linear(
     from golf_ray.kernels.triton import grouped
 
     dtype, jobs = dtype or x_TK.dtype, tuple(jobs)
-    if not grouped.addresses(x_TK, w, jobs, dtype, turned=turned):
-        return linear_twin(x_TK, w, low_TW, bank_NP, jobs, stretches, turned=turned).to(dtype)
+    if not grouped.takes(x_TK, w, jobs, dtype, turned=turned):
+        y_TO = linear_in_float32(x_TK, w.t() if turned else w)
+        own_TO = torch.zeros_like(y_TO)
+        grouped.rows(low_TW, bank_NP, own_TO, jobs, stretches, turned=turned)
+        return y_TO.add_(own_TO).to(dtype)
     return grouped.linear(x_TK, w, low_TW, bank_NP, jobs, stretches, turned=turned, dtype=dtype)
 
 

@@ -9,6 +9,7 @@ Shapes: T rows, I input and O output features.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,8 +19,8 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 
 def linear_in_float32(x_TI: Tensor, w_OI: Tensor) -> Tensor:
-    """x w^T, float32 [T, O]; the gradients are in the operands' own arithmetic."""
-    return _Linear.apply(x_TI, w_OI)
+    """x w^T in float32 [T, O]; the gradients are in the operands' own arithmetic."""
+    return _Linear.apply(x_TI, w_OI) if is_narrow(x_TI.dtype) else F.linear(x_TI, w_OI)
 
 
 class _Linear(torch.autograd.Function):

@@ -65,13 +65,12 @@ class Hooks:
         """
         if not any(self.adapts(site, slot) for site in sites):
             return nn.functional.linear(x_TI, w_OI)
-        narrow = is_narrow(x_TI.dtype)
-        y = (linear_in_float32 if narrow else nn.functional.linear)(x_TI, w_OI)
+        y = linear_in_float32(x_TI, w_OI)
         source = x_TI if source_TI is None else source_TI
         pieces = zip(sites, y.split(tuple(widths), dim=1), strict=True)
         adapted = [self.adapt(site, slot, source, piece) for site, piece in pieces]
         y = adapted[0] if len(adapted) == 1 else torch.cat(adapted, 1)
-        return y.to(x_TI.dtype) if narrow and "head" not in sites else y
+        return y if "head" in sites else y.to(x_TI.dtype)
 
     def mlp(
         self, slot: int, n_TD: Tensor, up_FD: Tensor, down_DF: Tensor, mlp: Mlp

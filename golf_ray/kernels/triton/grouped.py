@@ -129,8 +129,7 @@ def _linear(
     entry = within + row // FLAT * 2
     document = documents + tl.load(entry) * 3
     count = tl.where(adapted, tl.load(entry + 1), 0)
-    # Not pipelined: where a document's part is one iteration, Triton 3.6 lets the next document's
-    # bounds take the place of those that are still being read.
+    # Not pipelined: a document's own loop is, and few documents share a tile.
     for _ in tl.range(0, count, num_stages=1):
         first, end = tl.load(document), tl.load(document + 1)
         matrix = bank + tl.load(document + 2).to(tl.int64) * bank_stride + place
@@ -305,16 +304,24 @@ def rows(
     )  # fmt: skip
 
 
-def addresses(
+def takes(
     x_TK: Tensor, w: Tensor, jobs: tuple[RowsJob, ...], dtype: torch.dtype, *, turned: bool
 ) -> bool:
-    """Whether tensor descriptors can read the operands of `linear` and write its result."""
-    features = w.shape[1 if turned else 0]
+    """Whether `linear` can: descriptors can address its operands and its result, and in 16 bits the
+    product and the adapters' part are of whole iterations, the former of more than one.
+
+    Others gave wrong results on an H200 with Triton 3.6, of inputs up to 40 wide and ranks up to
+    16, where the interpreter gives right ones.
+    """
+    features, cut = w.shape[1 if turned else 0], LINEAR[bits_of(x_TK.dtype)]
     columns = {features, *(n for job in jobs for n in (job.out, job.out + job.columns))}
     size = min(x_TK.itemsize, dtype.itemsize)
     bytes_of_rows = x_TK.stride(0) * x_TK.itemsize, w.stride(0) * w.itemsize
     places = (*bytes_of_rows, x_TK.data_ptr(), w.data_ptr(), *(n * size for n in columns))
-    return x_TK.stride(1) == 1 == w.stride(1) and all(n % DESCRIPTOR_BYTES == 0 for n in places)
+    if not x_TK.stride(1) == 1 == w.stride(1) or any(n % DESCRIPTOR_BYTES for n in places):
+        return False
+    whole = x_TK.shape[1] > cut.depth and all(job.depth % LINEAR_DEPTH == 0 for job in jobs)
+    return whole or bits_of(x_TK.dtype) == 32
 
 
 def linear(
