@@ -371,14 +371,16 @@ def grouped_linear(
     features = sum(parts)
     x = torch.randn(sum(lengths) + behind, width).to(dtype)
     w = torch.randn(features, width).div(width**0.5).to(dtype)
+    # Strides of whole vectors and others are loaded in different ways.
+    unit = 16 if len(lengths) % 2 == 0 else 8
     jobs, place, at = [], 3, 0
     for i, columns in enumerate(parts):
         if i % 2 == 0:
-            jobs.append(RowsJob(at, columns, 8 + len(jobs) * rank, rank, place * 8))
+            jobs.append(RowsJob(at, columns, unit + len(jobs) * rank, rank, place * unit))
             place += columns * rank
         at += columns
-    bank = torch.randn(len(lengths) + 1, place * 8).to(dtype)
-    low = torch.randn(len(x), 8 + len(jobs) * rank).mul(scale / rank**0.5).to(dtype)
+    bank = torch.randn(len(lengths) + 1, place * unit).to(dtype)
+    low = torch.randn(len(x), unit + len(jobs) * rank).mul(scale / rank**0.5).to(dtype)
     bank_rows = tuple(range(len(lengths)))[::-1]
     plain = _longer(Stretches.of(lengths, bank_rows), behind)
     stretches = _longer(Stretches.of(lengths, bank_rows, device), behind)
