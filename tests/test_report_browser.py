@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import results_made
 from cli_runner import golf_ray
 from results_made import make_sweep
 
@@ -66,6 +67,28 @@ def test_it_is_drawn_without_a_request_or_an_error(
     shade = sum(map(int, background.removeprefix("rgb(").rstrip(")").split(",")))
     assert (shade > 600) == (theme == "light")
     context.close()
+
+
+def test_of_a_sweep_without_a_best_nothing_is_complained_of(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results_made, "_status", lambda i, count: "over_limit")
+    made = make_sweep(tmp_path / "store", "large", num_trials=12, num_finals=0)
+    out = tmp_path / "report.html"
+    assert golf_ray("report", made.folder, "--out", out).status == 0
+    page = browser.new_page()
+    said: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(out.as_uri())
+    drawn = page.locator("figure:not(:has(p.nothing))").count()
+    assert drawn >= 4
+    page.wait_for_function(
+        "n => document.querySelectorAll('figure svg.marks, figure canvas.marks').length >= n",
+        arg=drawn, timeout=20_000,
+    )  # fmt: skip
+    assert said == []
+    page.close()
 
 
 def test_the_table_sorts_by_mouse_and_by_keyboard(browser: Any, page_file: Path) -> None:

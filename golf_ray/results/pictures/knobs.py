@@ -22,7 +22,7 @@ def importance(trials: Trials, plans: Mapping[str, Mapping[str, Any]]) -> Pictur
     frame = trials.frame
     done = frame[frame["eligible"] & (frame["kind"] == "trial").fillna(False).astype(bool)]
     if done.empty:
-        return _nothing("no sweep has a trial with a score")
+        return _nothing("no trial of a sweep is done, within the limits, and has a score")
     source = str(done["source"].fillna("?").value_counts().index[0])
     rows = frame[frame["source"].fillna("?") == source]
     searched = _searched(plans.get(source) or {})

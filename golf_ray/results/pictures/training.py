@@ -40,7 +40,7 @@ def curves(trials: Trials, intervals: pd.DataFrame) -> Picture | NoPicture:
     scores = points["score"].dropna().astype(float).tolist()
     statuses = sorted(set(points.loc[points["score"].isna(), "status"]))
     text = _text(trials, points, count)
-    chart = _chart(trials, domain, scores, statuses)
+    chart = _chart(trials, domain, scores, statuses, bool(points["best"].any()))
     return picture("curves", _TITLE, text, chart, {"curves": rows_of(points, {"loss": 5})},
                    height_px=340)  # fmt: skip
 
@@ -101,7 +101,7 @@ def _who(trials: Trials) -> dict[str, tuple[str, float, str, bool]]:
 
 
 def _chart(
-    trials: Trials, domain: list[float], scores: list[float], statuses: list[str]
+    trials: Trials, domain: list[float], scores: list[float], statuses: list[str], has_best: bool
 ) -> alt.LayerChart | alt.FacetChart:
     x = alt.X("step:Q", title="step", scale=alt.Scale(nice=False, zero=True),
               axis=alt.Axis(format=",.0f", tickCount=6))  # fmt: skip
@@ -119,8 +119,10 @@ def _chart(
         legend = alt.Legend(format=f",.{min(trials.digits, 4)}f", values=[min(scores), top])
         colour = alt.Color("score:Q", title=trials.label, scale=scale, legend=legend)
         scored = lines.transform_filter("isValid(datum.score)")
-        best = scored.transform_filter("datum.best").mark_line(style="best", clip=True)
-        layers = [scored.mark_line(style="thread", clip=True).encode(color=colour), best]
+        layers = [scored.mark_line(style="thread", clip=True).encode(color=colour)]
+        if has_best:
+            best = scored.transform_filter("datum.best")
+            layers.append(best.mark_line(style="best", clip=True))
     if statuses:
         scale = alt.Scale(domain=statuses, range=[[6, 3], [2, 2], [8, 2, 2, 2], [1, 1]])
         dash = alt.StrokeDash("status:N", title="no score:", scale=scale)

@@ -107,12 +107,12 @@ def history(trials: Trials) -> Picture | NoPicture:
         "once": ONCE,
         "ring": rows_of(points[points["key"].isin(_best_keys(trials))]),
     }
-    chart = _history_chart(trials, domain, unscored, sorted(set(points["status"])))
+    chart = _history_chart(trials, domain, unscored, sorted(set(points["status"])), len(best) > 0)
     return picture("history", title, text, chart, data, height_px=320)
 
 
 def _history_chart(
-    trials: Trials, domain: list[float], unscored: int, present: list[str]
+    trials: Trials, domain: list[float], unscored: int, present: list[str], ranked: bool
 ) -> alt.LayerChart | alt.FacetChart:
     many = len(trials.series) > 1
     series = alt.Color("series:N", title=None, scale=alt.Scale(domain=list(trials.series)))
@@ -131,7 +131,9 @@ def _history_chart(
     line = alt.Chart(named("best")).mark_line(interpolate="step-after", style="best-so-far")
     line = line.encode(x=x, y=y, **({"color": series, "detail": "series:N"} if many else {}))
     ring = alt.Chart(named("ring")).mark_point(style="ring", filled=False).encode(x=x, y=y)
-    return alt.layer(*strip(points, unscored), line, _scored(points), ring)
+    # A layer of nothing has no extent, of which a browser's console is told.
+    below, above = ([line], [ring]) if ranked else ([], [])
+    return alt.layer(*strip(points, unscored), *below, _scored(points), *above)
 
 
 def _scored(points: alt.Chart) -> alt.Chart:
