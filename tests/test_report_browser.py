@@ -42,6 +42,22 @@ def browser() -> Iterator[Any]:
         found.close()
 
 
+PICTURES = "figure:not(:has(p.nothing))"
+
+
+def said_of(page: Any, report: Path) -> list[str]:
+    """What the console is told until all of a report's pictures are drawn."""
+    said: list[str] = []
+    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(report.as_uri())
+    page.wait_for_function(
+        "n => document.querySelectorAll('figure svg.marks, figure canvas.marks').length >= n",
+        arg=page.locator(PICTURES).count(), timeout=20_000,
+    )  # fmt: skip
+    return said
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 def test_it_is_drawn_without_a_request_or_an_error(
@@ -49,18 +65,10 @@ def test_it_is_drawn_without_a_request_or_an_error(
 ) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=theme)
     page = context.new_page()
-    said: list[str] = []
     asked: list[str] = []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(page_file.as_uri())
-    count = page.locator("figure").count()
-    assert count >= 6
-    page.wait_for_function(
-        "n => document.querySelectorAll('figure svg.marks, figure canvas.marks').length >= n",
-        arg=count, timeout=20_000,
-    )  # fmt: skip
+    said = said_of(page, page_file)
+    assert page.locator("figure").count() == page.locator(PICTURES).count() >= 6
     assert said == [] and asked == [page_file.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -77,17 +85,8 @@ def test_of_a_sweep_without_a_best_nothing_is_complained_of(
     out = tmp_path / "report.html"
     assert golf_ray("report", made.folder, "--out", out).status == 0
     page = browser.new_page()
-    said: list[str] = []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.goto(out.as_uri())
-    drawn = page.locator("figure:not(:has(p.nothing))").count()
-    assert drawn >= 4
-    page.wait_for_function(
-        "n => document.querySelectorAll('figure svg.marks, figure canvas.marks').length >= n",
-        arg=drawn, timeout=20_000,
-    )  # fmt: skip
-    assert said == []
+    assert said_of(page, out) == []
+    assert page.locator(PICTURES).count() >= 4
     page.close()
 
 
