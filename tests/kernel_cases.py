@@ -357,13 +357,51 @@ def grouped_linear(
     device: str = "cpu",
     out: torch.dtype | None = None,
     scale: float = 1.0,
-    behind: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One matrix's product and the adapters' of the first and every other part: the kernel's, the
-    twin's, and the adapters' alone.
+    twin's, and the adapters' alone; see `linear_operands`.
 
     Args:
         out: dtype of the result.
+    """
+    shape = lengths, width, parts, rank
+    x, w, low, bank, jobs, plain = linear_operands(dtype, *shape, turned, scale)
+    found = linear_on(device, (x, w, low, bank, jobs, plain), turned=turned, out=out)()
+    expected = linear_twin(x, w, low, bank, jobs, plain, turned=turned)
+    base = x.float() @ (w if turned else w.t()).float()
+    return found.cpu(), expected, expected - base
+
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, list[RowsJob], Stretches]
+
+
+def linear_on(
+    device: str, operands: Operands, *, turned: bool, out: torch.dtype | None = None
+) -> Callable[[], Tensor]:
+    """The kernel's call, its operands on a device."""
+    x, w, low, bank = (t.to(device) for t in operands[:4])
+    jobs, plain = operands[4:]
+    stretches = replace(
+        Stretches.of(plain.lengths, plain.bank_rows, device),
+        num_rows=plain.num_rows,
+        within=plain.within.to(device),
+    )
+    return lambda: grouped.linear(x, w, low, bank, jobs, stretches, turned=turned, dtype=out)
+
+
+def linear_operands(
+    dtype: torch.dtype,
+    lengths: tuple[int, ...],
+    width: int,
+    parts: tuple[int, ...],
+    rank: int,
+    turned: bool,
+    scale: float = 1.0,
+    behind: int = 3,
+) -> Operands:
+    """Operands of `grouped.linear` on the CPU.
+
+    Args:
         scale: of what adapters add to a result of rms 1.
         behind: rows of the buffer behind the documents'.
     """
@@ -382,23 +420,10 @@ def grouped_linear(
     bank = torch.randn(len(lengths) + 1, place * unit).to(dtype)
     low = torch.randn(len(x), unit + len(jobs) * rank).mul(scale / rank**0.5).to(dtype)
     bank_rows = tuple(range(len(lengths)))[::-1]
-    plain = _longer(Stretches.of(lengths, bank_rows), behind)
-    stretches = _longer(Stretches.of(lengths, bank_rows, device), behind)
-    w = w.t().contiguous() if turned else w
-    found = grouped.linear(
-        x.to(device), w.to(device), low.to(device), bank.to(device), jobs, stretches,
-        turned=turned, dtype=out,
-    )  # fmt: skip
-    expected = linear_twin(x, w, low, bank, jobs, plain, turned=turned)
-    base = x.float() @ (w if turned else w.t()).float()
-    return found.cpu(), expected, expected - base
-
-
-def _longer(stretches: Stretches, rows: int) -> Stretches:
-    """The same documents in a buffer that has more rows."""
-    num_rows = stretches.num_rows + rows
-    within = torch.from_numpy(within_of(stretches.lengths, num_rows)).to(stretches.within.device)
-    return replace(stretches, num_rows=num_rows, within=within)
+    num_rows = sum(lengths) + behind
+    within = torch.from_numpy(within_of(lengths, num_rows))
+    stretches = replace(Stretches.of(lengths, bank_rows), num_rows=num_rows, within=within)
+    return x, w.t().contiguous() if turned else w, low, bank, jobs, stretches
 
 
 def grouped_sums(

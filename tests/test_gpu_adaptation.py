@@ -16,7 +16,9 @@ from kernel_cases import (
     grouped_linear,
     grouped_rows,
     grouped_sums,
-)  # fmt: skip
+    linear_on,
+    linear_operands,
+)
 from reference import TOKENIZER, VAL_SHARDS, final_state
 
 from evaluators.ttt import choose_documents
@@ -31,6 +33,7 @@ from golf_ray.bench.adaptation import TttBench
 from golf_ray.config import AdaptationConfig
 from golf_ray.data.shards import load_tokens
 from golf_ray.data.tokenizer import byte_tables
+from golf_ray.kernels.grouped import linear_twin
 from golf_ray.model.attention import why_not
 from golf_ray.model.checkpoint import build_model
 from golf_ray.model.compute import Compute
@@ -102,6 +105,32 @@ def test_linear_is_its_twin(
         dtype, *shape, turned=turned, device="cuda", out=torch.float32
     )
     close(found, expected)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "width", "parts", "rank"),
+    [
+        ((5, 1, 40), 72, (16, 8), 32),
+        ((1,) * 140, 72, (128, 128), 32),
+        ((1500, 36), 512, (512, 256, 256), 96),
+        ((40, 130), 1024, (512,), 384),
+        ((129, 64, 1), 2048, (512,), 96),
+    ],
+)
+def test_linear_has_the_same_bits_whatever_ran_before(
+    lengths: tuple[int, ...], width: int, parts: tuple[int, ...], rank: int, turned: bool
+) -> None:
+    operands = linear_operands(torch.bfloat16, lengths, width, parts, rank, turned)
+    run = linear_on("cuda", operands, turned=turned)
+    expected = linear_twin(*operands, turned=turned)
+    # What leaves its numbers in multiprocessors, and in memory that is taken next.
+    dirt = torch.full((4096, 4096), float("nan"), dtype=torch.bfloat16, device=CUDA)
+    first = run()
+    close(first.cpu(), expected)
+    for i in range(100):
+        _ = dirt @ dirt if i % 2 else dirt * 2
+        assert torch.equal(run(), first), i
 
 
 def test_what_adapters_add_is_added_before_the_sum_is_rounded() -> None:
