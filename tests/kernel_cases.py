@@ -23,7 +23,7 @@ from golf_ray.kernels.grouped import (
     rows_twin,
     sums_twin,
     within_of,
-)  # fmt: skip
+)
 from golf_ray.kernels.heads import (
     attention_fused,
     prepare,
@@ -333,7 +333,10 @@ def grouped_rows(
     return found.cpu(), expected
 
 
-LINEAR_SHAPES = [
+LinearShape = tuple[tuple[int, ...], int, tuple[int, ...], int]
+"""Rows of each document; width of the input; columns of each part, every other of them with an
+adapter, and its rank."""
+LINEAR_SHAPES: list[LinearShape] = [
     ((5, 1, 40), 72, (16, 8), 32),
     ((3,), 24, (64,), 5),
     ((70, 33, 200), 96, (136, 8, 64), 64),
@@ -341,17 +344,14 @@ LINEAR_SHAPES = [
     ((1,) * 140, 72, (128, 128), 32),
     ((40, 2), 72, (64,), 48),
 ]
-"""Rows of each document; width of the input; columns of each part, every other of them with an
-adapter, and its rank. Not all are for the kernel: some are too narrow, and some beside the grid of
-descriptors."""
+"""Not all are for the kernel: some are too narrow, and some beside the grid of descriptors."""
+ROWS_BEHIND = 3
+"""Of the buffer, behind the documents'."""
 
 
 def grouped_linear(
     dtype: torch.dtype,
-    lengths: tuple[int, ...],
-    width: int,
-    parts: tuple[int, ...],
-    rank: int,
+    shape: LinearShape,
     *,
     turned: bool,
     device: str = "cpu",
@@ -364,10 +364,10 @@ def grouped_linear(
     Args:
         out: dtype of the result.
     """
-    shape = lengths, width, parts, rank
-    x, w, low, bank, jobs, plain = linear_operands(dtype, *shape, turned, scale)
-    found = linear_on(device, (x, w, low, bank, jobs, plain), turned=turned, out=out)()
-    expected = linear_twin(x, w, low, bank, jobs, plain, turned=turned)
+    operands = linear_operands(dtype, shape, turned, scale)
+    found = linear_on(device, operands, turned=turned, out=out)()
+    expected = linear_twin(*operands, turned=turned)
+    x, w = operands[:2]
     base = x.float() @ (w if turned else w.t()).float()
     return found.cpu(), expected, expected - base
 
@@ -390,24 +390,17 @@ def linear_on(
 
 
 def linear_operands(
-    dtype: torch.dtype,
-    lengths: tuple[int, ...],
-    width: int,
-    parts: tuple[int, ...],
-    rank: int,
-    turned: bool,
-    scale: float = 1.0,
-    behind: int = 3,
+    dtype: torch.dtype, shape: LinearShape, turned: bool, scale: float = 1.0
 ) -> Operands:
     """Operands of `grouped.linear` on the CPU.
 
     Args:
         scale: of what adapters add to a result of rms 1.
-        behind: rows of the buffer behind the documents'.
     """
     torch.manual_seed(0)
-    features = sum(parts)
-    x = torch.randn(sum(lengths) + behind, width).to(dtype)
+    lengths, width, parts, rank = shape
+    features, num_rows = sum(parts), sum(lengths) + ROWS_BEHIND
+    x = torch.randn(num_rows, width).to(dtype)
     w = torch.randn(features, width).div(width**0.5).to(dtype)
     # Strides of whole vectors and others are loaded in different ways.
     unit = 16 if len(lengths) % 2 == 0 else 8
@@ -420,7 +413,6 @@ def linear_operands(
     bank = torch.randn(len(lengths) + 1, place * unit).to(dtype)
     low = torch.randn(len(x), unit + len(jobs) * rank).mul(scale / rank**0.5).to(dtype)
     bank_rows = tuple(range(len(lengths)))[::-1]
-    num_rows = sum(lengths) + behind
     within = torch.from_numpy(within_of(lengths, num_rows))
     stretches = replace(Stretches.of(lengths, bank_rows), num_rows=num_rows, within=within)
     return x, w.t().contiguous() if turned else w, low, bank, jobs, stretches

@@ -147,7 +147,7 @@ def test_in_16_bits_what_is_added_is_added_before_the_sum_is_rounded(site: Site)
     x_TI = torch.zeros(2, 16, dtype=dtype)
     x_TI[:, 0], x_TI[:, 1] = 1.0, 2.0**-8
     x_TI.requires_grad_()
-    # 1 + 2^-8 less what is added: half-way between two numbers, and so rounded up with it only.
+    # 1 + 2^-8 is half-way between two numbers and rounded down; with what is added it goes up.
     w_OI = torch.zeros(slot.out_features, 16, dtype=dtype)
     w_OI[:, 0], w_OI[:, 1] = 1.0, 1.0
     if site == "mlp":

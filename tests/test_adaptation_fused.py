@@ -13,11 +13,12 @@ from adaptation_cases import ADAPTATION, SMALL, TABLES, documents_of, small_mode
 from kernel_cases import (
     GROUPED_SHAPES,
     LINEAR_SHAPES,
+    LinearShape,
     grouped_linear,
     grouped_rows,
     grouped_sums,
     interpreter_problem,
-)  # fmt: skip
+)
 from torch import Tensor
 
 from golf_ray.adaptation.adapters import AdapterLayout, adapter_slots
@@ -66,21 +67,12 @@ def test_sums_are_their_twin(dtype: torch.dtype, lengths: tuple[int, ...], a: in
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float16"])
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(("lengths", "width", "parts", "rank"), LINEAR_SHAPES)
-def test_linear_is_its_twin(
-    dtype: torch.dtype,
-    turned: bool,
-    lengths: tuple[int, ...],
-    width: int,
-    parts: tuple[int, ...],
-    rank: int,
-) -> None:
-    found, expected, _ = grouped_linear(dtype, lengths, width, parts, rank, turned=turned)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES, ids=str)
+def test_linear_is_its_twin(dtype: torch.dtype, turned: bool, shape: LinearShape) -> None:
+    found, expected, _ = grouped_linear(dtype, shape, turned=turned)
     assert found.dtype == dtype
     close(found, expected)
-    found, _, _ = grouped_linear(
-        dtype, lengths, width, parts, rank, turned=turned, out=torch.float32
-    )
+    found, _, _ = grouped_linear(dtype, shape, turned=turned, out=torch.float32)
     assert found.dtype == torch.float32
     close(found, expected)
 
@@ -89,7 +81,7 @@ def test_linear_is_its_twin(
 def test_what_adapters_add_is_added_before_the_sum_is_rounded(width: int) -> None:
     # A tenth of float16's last place: of a sum that is rounded twice little of it is left.
     found, expected, own = grouped_linear(
-        torch.float16, (130,), width, (256,), 32, turned=False, scale=3e-5
+        torch.float16, ((130,), width, (256,), 32), turned=False, scale=3e-5
     )
     left = ((found.float() - (expected - own)) * own).sum() / own.square().sum()
     # One rounding is as likely up as down: five standard errors.

@@ -13,6 +13,7 @@ import torch
 from kernel_cases import (
     GROUPED_SHAPES,
     LINEAR_SHAPES,
+    LinearShape,
     grouped_linear,
     grouped_rows,
     grouped_sums,
@@ -80,7 +81,7 @@ def test_sums_are_their_twin(dtype: torch.dtype, lengths: tuple[int, ...], a: in
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
-    ("lengths", "width", "parts", "rank"),
+    "shape",
     [
         *LINEAR_SHAPES,
         ((2048, 300, 31), 512, (512, 256, 256), 96),
@@ -89,27 +90,20 @@ def test_sums_are_their_twin(dtype: torch.dtype, lengths: tuple[int, ...], a: in
         ((129, 64, 1), 2048, (512,), 96),
         ((32,) * 9, 512, (8192,), 96),
     ],
+    ids=str,
 )
-def test_linear_is_its_twin(
-    dtype: torch.dtype,
-    turned: bool,
-    lengths: tuple[int, ...],
-    width: int,
-    parts: tuple[int, ...],
-    rank: int,
-) -> None:
-    shape = lengths, width, parts, rank
-    found, expected, _ = grouped_linear(dtype, *shape, turned=turned, device="cuda")
+def test_linear_is_its_twin(dtype: torch.dtype, turned: bool, shape: LinearShape) -> None:
+    found, expected, _ = grouped_linear(dtype, shape, turned=turned, device="cuda")
     close(found, expected)
     found, expected, _ = grouped_linear(
-        dtype, *shape, turned=turned, device="cuda", out=torch.float32
+        dtype, shape, turned=turned, device="cuda", out=torch.float32
     )
     close(found, expected)
 
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
-    ("lengths", "width", "parts", "rank"),
+    "shape",
     [
         ((5, 1, 40), 72, (16, 8), 32),
         ((1,) * 140, 72, (128, 128), 32),
@@ -117,11 +111,10 @@ def test_linear_is_its_twin(
         ((40, 130), 1024, (512,), 384),
         ((129, 64, 1), 2048, (512,), 96),
     ],
+    ids=str,
 )
-def test_linear_has_the_same_bits_whatever_ran_before(
-    lengths: tuple[int, ...], width: int, parts: tuple[int, ...], rank: int, turned: bool
-) -> None:
-    operands = linear_operands(torch.bfloat16, lengths, width, parts, rank, turned)
+def test_linear_has_the_same_bits_whatever_ran_before(shape: LinearShape, turned: bool) -> None:
+    operands = linear_operands(torch.bfloat16, shape, turned)
     run = linear_on("cuda", operands, turned=turned)
     expected = linear_twin(*operands, turned=turned)
     # What leaves its numbers in multiprocessors, and in memory that is taken next.
@@ -136,7 +129,7 @@ def test_linear_has_the_same_bits_whatever_ran_before(
 def test_what_adapters_add_is_added_before_the_sum_is_rounded() -> None:
     # A tenth of bfloat16's last place; see the test in the interpreter.
     found, expected, own = grouped_linear(
-        torch.bfloat16, (1300,), 512, (512,), 96, turned=False, scale=3e-4, device="cuda"
+        torch.bfloat16, ((1300,), 512, (512,), 96), turned=False, scale=3e-4, device="cuda"
     )
     left = ((found.float() - (expected - own)) * own).sum() / own.square().sum()
     spread = (found.float() - expected).std() / own.norm()

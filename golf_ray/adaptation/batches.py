@@ -124,7 +124,8 @@ class HostBatch:
             assert nothing >= 0 and rest >= 0, (shape, nothing, rest)
             # Evenly, because attention takes a segment's square: what fills up is next to no work
             # for it.
-            fillers = [len(part) for part in np.array_split(np.arange(rest), shape.num_fillers)]
+            size, longer = divmod(rest, shape.num_fillers)
+            fillers = [size + 1] * longer + [size] * (shape.num_fillers - longer)
             zeros = np.zeros(rest + nothing * shape.chunk_size, tokens.dtype)
             windows.append(zeros)
             targets.append(zeros[: nothing * shape.chunk_size])

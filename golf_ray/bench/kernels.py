@@ -190,8 +190,8 @@ def _adapters(config: Config, device: torch.device, compute: Compute) -> Iterato
     N = config.train.micro_batch_tokens // L
     shape = f"{N} documents x {L}, {D}x{D}, rank {R}"
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(compute.dtype)
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, device=device).to(compute.dtype)
 
     x, low, w = normal(N * L, D), normal(N * L, R), normal(D, D)
     bank = normal(N, R * D)
