@@ -288,8 +288,10 @@ def errors(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, flo
 
 def interpreter_problem() -> str | None:
     """Why the interpreter cannot run loops here, if so: some versions of it and of NumPy."""
-    import triton
-
+    try:
+        import triton
+    except ImportError:
+        return "needs Triton"
     if not triton.knobs.runtime.interpret:
         return "Triton compiles here; tests/test_gpu.py runs these cases on the GPU"
     from golf_ray.kernels.triton import residual
@@ -343,6 +345,8 @@ LINEAR_SHAPES: list[LinearShape] = [
     ((70, 33), 96, (130, 2), 32),
     ((1,) * 140, 72, (128, 128), 32),
     ((40, 2), 72, (64,), 48),
+    ((3, 150), 80, (136, 8, 64), 5),
+    ((5, 1, 40), 128, (128, 128), 16),
 ]
 """Not all are for the kernel: some are too narrow, and some beside the grid of descriptors."""
 ROWS_BEHIND = 3

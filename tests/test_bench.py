@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import weakref
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cli_runner import golf_ray
+from kernel_cases import interpreter_problem
 
 from golf_ray.adaptation.engine import Engine
 from golf_ray.adaptation.plan import window_tokens, windows
@@ -17,10 +19,12 @@ from golf_ray.bench import report
 from golf_ray.bench.adaptation import TttBench, whole_set_ms
 from golf_ray.bench.corpus import document_lengths, random_tokens, write_random_shards
 from golf_ray.bench.host import field_segments
+from golf_ray.bench.kernels import cases, difference_of
 from golf_ray.bench.profile import OTHER, category_of
 from golf_ray.bench.timing import median_ms
 from golf_ray.config import AdaptationConfig
 from golf_ray.data.shards import BOS_ID, open_shard
+from golf_ray.model.compute import Compute
 from golf_ray.presets import TINY
 
 
@@ -109,7 +113,43 @@ def test_bench_kernels_without_a_gpu_times_torch() -> None:
     for row in rows:
         assert row["twin_forward_ms"] > 0 and row["fused_forward_ms"] is None
         assert (row["twin_both_ms"] is None) == row["operation"].startswith("adapters")
-        assert row["against_twin"] is None
+        assert row["against_twin"] is None and row["difference"] is None and row["right"] is None
+
+
+@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_fused_operations_compute_what_torch_s_do(dtype: torch.dtype) -> None:
+    config = TINY.with_overrides({"train.batch_tokens": 128, "train.micro_batches": 1})
+    compute = Compute(dtype=dtype, kernels="triton")
+    off = {
+        case.operation: difference_of(case)
+        for case in cases(config, torch.device("cpu"), compute)
+        if case.operation != "attention"
+    }
+    # A result's rounding and some steps before it.
+    assert len(off) == 8 and max(off.values()) <= 4 * torch.finfo(dtype).eps, off
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.1, 0.1), (float("nan"), 1.0), (-3.0, 1.0)])
+def test_an_operation_that_computes_something_else_is_a_fault(
+    factor: float, expected: float
+) -> None:
+    config = TINY.with_overrides({"train.batch_tokens": 128, "train.micro_batches": 1})
+    device, compute = torch.device("cpu"), Compute()
+    found = {"host": {"triton": "3.6.0"}, "kernels": []}
+    assert report.kernel_fault(found) is None
+    for case in cases(config, device, compute):
+        right = difference_of(dataclasses.replace(case, fused=case.twin))
+        assert right == 0
+        wrong = difference_of(
+            dataclasses.replace(case, fused=lambda *t, run=case.twin: [factor * y for y in run(*t)])
+        )
+        assert wrong == pytest.approx(expected, rel=1e-3), case.operation
+        row = {"operation": case.operation, "difference": wrong, "right": wrong <= 0.05}
+        found["kernels"].append(row)
+    fault = report.kernel_fault(found)
+    assert fault is not None and fault.exit_status == 1
+    assert f"mlp by {expected:.2g}" in fault.problem and "kernels.backend=torch" in fault.remedy
 
 
 @pytest.mark.parametrize(

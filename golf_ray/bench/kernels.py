@@ -1,10 +1,13 @@
 """Each fused operation against its twin in torch, and against the twin under torch.compile.
 
-Shapes are those of one micro-batch of a configuration; times are those of the kernels alone.
+Shapes are those of one micro-batch of a configuration; times are those of the kernels alone. What
+an operation computes is compared too: a compiler can make wrong machine code of a right kernel, for
+some shapes of it alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +28,10 @@ from golf_ray.model.segments import Segments
 
 Run = Callable[..., Sequence[Tensor]]
 
+MOST_DIFFERENCE = {16: 0.05, 32: 1e-3}
+"""By bits of the arithmetic. Operations and their twins round in other places, and sums of many
+numbers in another order; machine code that is wrong is off by tenths."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KernelTiming:
@@ -39,6 +46,11 @@ class KernelTiming:
     twin_both_ms: float | None
     compiled_forward_ms: float | None
     compiled_both_ms: float | None
+    difference: float | None
+    """Of results and gradients from the twin's: the largest norm of one over that of the twin's, at
+    most 1; 1 where a number is not finite."""
+    right: bool | None
+    """Whether that is what rounding explains."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with ratios: how many times faster the fused operation is."""
@@ -55,7 +67,9 @@ class KernelTiming:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Case:
+class Case:
+    """One operation to time and compare."""
+
     operation: str
     shape: str
     leaves: list[Tensor]
@@ -73,10 +87,11 @@ def time_kernels(
         compute: arithmetic, and whether fused operations can run.
         compiled: time twins under torch.compile too, which takes seconds each to compile.
     """
-    for case in _cases(config, device, compute):
+    for case in cases(config, device, compute):
         fused = compute.kernels == "triton"
         if case.operation == "attention":
             fused = fused and compute.attention == "fa3"
+        off = difference_of(case) if fused else None
         forward, both = _timed(case.fused, case.leaves, device) if fused else (None, None)
         twin_forward, twin_both = _timed(case.twin, case.leaves, device)
         compiled_forward, compiled_both = None, None
@@ -92,7 +107,25 @@ def time_kernels(
             twin_both_ms=twin_both,
             compiled_forward_ms=compiled_forward,
             compiled_both_ms=compiled_both,
+            difference=off,
+            right=None if off is None else off <= MOST_DIFFERENCE[8 * compute.dtype.itemsize],
         )
+
+
+def difference_of(case: Case) -> float:
+    """How far an operation is from its twin; see `KernelTiming.difference`."""
+    seeds = [torch.randn_like(output) for output in case.twin(*case.leaves)]
+
+    def found(run: Run) -> list[Tensor]:
+        outputs = list(run(*case.leaves))
+        shaped = [seed.view_as(output) for seed, output in zip(seeds, outputs, strict=True)]
+        gradients = torch.autograd.grad(outputs, case.leaves, shaped) if case.leaves else ()
+        # Results can be buffers that the other run writes to.
+        return [t.detach().flatten().float().clone() for t in (*outputs, *gradients)]
+
+    pairs = zip(found(case.fused), found(case.twin), strict=True)
+    off = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs]
+    return max(min(x, 1.0) if math.isfinite(x) else 1.0 for x in off)
 
 
 def _timed(run: Run, leaves: list[Tensor], device: torch.device) -> tuple[float, float | None]:
@@ -108,7 +141,8 @@ def _timed(run: Run, leaves: list[Tensor], device: torch.device) -> tuple[float,
     return busy_ms(forward, device), busy_ms(both, device) if leaves else None
 
 
-def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_Case]:
+def cases(config: Config, device: torch.device, compute: Compute) -> Iterator[Case]:
+    """Every operation, its operands random, at the shapes of one micro-batch."""
     model, T = config.model, config.train.micro_batch_tokens
     D, F, V, E = model.model_dim, model.mlp_dim, model.vocab_size, model.embedding_dim
     H, G, d = model.num_heads, model.num_kv_heads, model.head_dim
@@ -121,14 +155,14 @@ def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_
     enter = (Mix(terms=((0, 0), (1, 1), (2, 2)), scale=0.5),)
     after = (Mix(terms=((0, 0), (1, 1)), scale=0.5),)
     for name, mixes, count in (("mix, 3 tensors", enter, 3), ("mix, 2 tensors", after, 2)):
-        yield _Case(
+        yield Case(
             operation=name,
             shape=f"{T}x{D}",
             leaves=[*(leaf(T, D) for _ in range(count)), leaf(count, D, wide=True)],
             fused=lambda *t, mixes=mixes: residual.mix_fused(t[:-1], t[-1], mixes),
             twin=lambda *t, mixes=mixes: residual.mix(t[:-1], t[-1], mixes),
         )
-    yield _Case(
+    yield Case(
         operation="mlp",
         shape=f"{T}x{D}x{F}",
         leaves=[leaf(T, D), leaf(F, D, scale=D**-0.5), leaf(D, F, scale=F**-0.5)],
@@ -137,14 +171,14 @@ def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_
     )
     targets = torch.randint(0, V, (T,), device=device)
     cap = model.logit_softcap
-    yield _Case(
+    yield Case(
         operation="head and loss",
         shape=f"{T}x{E}x{V}",
         leaves=[leaf(T, E), leaf(V, E, scale=E**-0.5)],
         fused=lambda x, w: [loss.head_losses_fused(x, w, targets, cap)],
         twin=lambda x, w: [loss.cross_entropy(x @ w.t(), targets, cap)],
     )
-    yield _Case(
+    yield Case(
         operation="embedding",
         shape=f"{T} of {V}x{E}",
         leaves=[leaf(V, E, scale=0.005)],
@@ -161,7 +195,7 @@ def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_
         q, k = heads.prepare(q, k, gain.to(qkv.dtype), cos, sin)
         return [heads.remove_own_value(attend(q, k, v, segments, compute.attention), v)]
 
-    yield _Case(
+    yield Case(
         operation="attention",
         shape=f"{T} tokens, {len(lengths)} segments, {H}/{G}x{d}",
         leaves=[leaf(T, (H + 2 * G) * d), leaf(H, wide=True)],
@@ -183,7 +217,7 @@ def _cases(config: Config, device: torch.device, compute: Compute) -> Iterator[_
     yield from _adapters(config, device, compute)
 
 
-def _adapters(config: Config, device: torch.device, compute: Compute) -> Iterator[_Case]:
+def _adapters(config: Config, device: torch.device, compute: Compute) -> Iterator[Case]:
     """Products of test-time training: documents with a full window each."""
     D, R = config.model.model_dim, config.adaptation.rank
     L = min(config.adaptation.window, config.train.micro_batch_tokens)
@@ -208,21 +242,21 @@ def _adapters(config: Config, device: torch.device, compute: Compute) -> Iterato
         grouped.sums(low, x, bank, sums, stretches)
         return [bank]
 
-    yield _Case(
+    yield Case(
         operation="adapters, rows",
         shape=shape,
         leaves=[],
         fused=rows,
         twin=lambda: [torch.bmm(x.view(N, L, D), a_NRD.mT)],
     )
-    yield _Case(
+    yield Case(
         operation="adapters, in a product",
         shape=shape,
         leaves=[],
         fused=lambda: [grouped.linear(x, w, low, bank, back, stretches)],
         twin=lambda: [torch.baddbmm((x @ w.t()).view(N, L, D), low.view(N, L, R), b_NDR.mT)],
     )
-    yield _Case(
+    yield Case(
         operation="adapters, sums",
         shape=shape,
         leaves=[],

@@ -9,7 +9,7 @@ from golf_ray.bench import training
 from golf_ray.bench.host import describe, yardsticks
 from golf_ray.bench.kernels import time_kernels
 from golf_ray.config import Config
-from golf_ray.errors import UsageError
+from golf_ray.errors import GolfRayError, UsageError
 
 Tell = Callable[[str], None]
 Table = list[tuple[str, ...]]
@@ -217,8 +217,11 @@ def kernel_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
     """Title and table of the kernels' document."""
     host, compute = found["host"], found["compute"]
     rows: Table = [
-        ("operation", "shape", "fused", "torch", "compiled", "against torch", "against compiled")
-    ]
+        (
+            "operation", "shape", "fused", "torch", "compiled", "against torch",
+            "against compiled", "difference",
+        )
+    ]  # fmt: skip
     for row in found["kernels"]:
         rows.append(
             (
@@ -229,6 +232,7 @@ def kernel_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:
                 _ms(row["compiled_forward_ms"], row["compiled_both_ms"]),
                 _times(row["against_twin"]),
                 _times(row["against_compiled"]),
+                "-" if row["difference"] is None else f"{row['difference']:.1e}",
             )
         )
     yield (
@@ -246,6 +250,20 @@ def _ms(forward: float | None, both: float | None) -> str:
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def kernel_fault(found: dict[str, Any]) -> GolfRayError | None:
+    """What to tell of fused operations that compute something else than torch's, if any do."""
+    wrong = [row for row in found["kernels"] if row["right"] is False]
+    if not wrong:
+        return None
+    names = ", ".join(f"{row['operation']} by {row['difference']:.2g}" for row in wrong)
+    return GolfRayError(
+        f"fused operations differ from torch's at these shapes by more than rounding: {names}; "
+        f"Triton {found['host']['triton']} makes wrong machine code of them here",
+        "use another Triton or another assembler (TRITON_PTXAS_PATH), or --set "
+        "kernels.backend=torch",
+    )
 
 
 def ttt_rows(found: dict[str, Any]) -> Iterator[tuple[str, Table]]:

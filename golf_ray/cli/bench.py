@@ -153,7 +153,8 @@ def kernels(
 ) -> None:
     """Measure each fused operation against torch's own, forward and backward.
 
-    Shapes are those of one micro-batch. The record preset where none is named.
+    Shapes are those of one micro-batch. The record preset where none is named. What is computed is
+    compared too: exits with 1 where an operation differs by more than rounding explains.
     """
     chosen = _configuration(preset, config, assignments, None, 1)
     from golf_ray.bench import report
@@ -163,6 +164,9 @@ def kernels(
             chosen, compiled=compiled, tell=lambda what: bar.update(what, 0, 0)
         )
     _give(found, out, as_json, report.kernel_rows)
+    fault = report.kernel_fault(found)
+    if fault is not None:
+        raise fault
 
 
 def ttt(

@@ -308,10 +308,11 @@ def takes(
     x_TK: Tensor, w: Tensor, jobs: tuple[RowsJob, ...], dtype: torch.dtype, *, turned: bool
 ) -> bool:
     """Whether `linear` can: descriptors can address its operands and its result, and in 16 bits the
-    product and the adapters' part are of whole iterations, the former of more than one.
+    product is of more than one iteration.
 
-    Others gave wrong results on an H200 with Triton 3.6, of inputs up to 40 wide and ranks up to
-    16, where the interpreter gives right ones.
+    Where it and the adapters' part are of one each, their operands begin at the same place of
+    shared memory, and ptxas 12.8 (that of Triton 3.6) adds three of the latter's four descriptors
+    to a register that holds something else: other operands are multiplied. 12.9 does not.
     """
     features, cut = w.shape[1 if turned else 0], LINEAR[bits_of(x_TK.dtype)]
     columns = {features, *(n for job in jobs for n in (job.out, job.out + job.columns))}
@@ -320,8 +321,7 @@ def takes(
     places = (*bytes_of_rows, x_TK.data_ptr(), w.data_ptr(), *(n * size for n in columns))
     if not x_TK.stride(1) == 1 == w.stride(1) or any(n % DESCRIPTOR_BYTES for n in places):
         return False
-    whole = x_TK.shape[1] > cut.depth and all(job.depth % LINEAR_DEPTH == 0 for job in jobs)
-    return whole or bits_of(x_TK.dtype) == 32
+    return bits_of(x_TK.dtype) == 32 or x_TK.shape[1] > cut.depth
 
 
 def linear(
