@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flash_standin
 import pytest
 import torch
@@ -10,6 +12,7 @@ from reference import TINY, final_state
 from torch import Tensor
 
 from golf_ray.kernels import flash
+from golf_ray.kernels.loss import head_losses
 from golf_ray.model.compute import Compute
 from golf_ray.model.model import GolfModel
 from golf_ray.model.segments import Segments
@@ -40,6 +43,31 @@ def test_ops_are_their_twins(
     monkeypatch.setattr(flash, "operators", lambda: standin)
     found = errors(case, dtype)
     assert found and max(found.values()) <= TOLERANCE[dtype], found
+
+
+@pytest.mark.parametrize("rows", [96, 100, 192])
+def test_the_gradient_of_a_mean_is_not_off_in_one_direction(rows: int) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(rows, 64).bfloat16(), (torch.randn(8192, 64) * 0.01).bfloat16()
+    targets = torch.randint(0, 8192, (rows,))
+
+    traced = torch.compile(head_losses, fullgraph=True, backend="aot_eager")
+
+    def gradients(
+        dtype: torch.dtype, weight_T: Tensor, run: Callable[..., Tensor] = head_losses
+    ) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        losses = run(*leaves, targets, 30.0)
+        return torch.autograd.grad((losses * weight_T).sum(), leaves)
+
+    for weight_T in (torch.full((rows,), 1 / rows), torch.rand(rows)):
+        found = gradients(torch.bfloat16, weight_T)
+        exact = gradients(torch.float64, weight_T)
+        assert all(map(torch.equal, gradients(torch.bfloat16, weight_T, traced), found))
+        for a, b in zip(found, exact, strict=True):
+            # Some 0.002 an element, and 0.001-0.002 of it common to all with (p - 1) / T rounded.
+            assert (a - b).norm() <= 2.0**-8 * b.norm()
+            assert abs(float((a * b).sum() / b.square().sum()) - 1) <= 5e-4
 
 
 @needs_interpreter

@@ -25,7 +25,13 @@ from golf_ray.kernels.heads import (
     rotary_tables,
     split_heads,
 )
-from golf_ray.kernels.loss import cross_entropy, cross_entropy_fused, head_losses_fused, softcap
+from golf_ray.kernels.loss import (
+    cross_entropy,
+    cross_entropy_fused,
+    head_losses,
+    head_losses_fused,
+    softcap,
+)
 from golf_ray.kernels.mlp import mlp, mlp_fused
 from golf_ray.kernels.residual import Mix, fan_out, mix, mix_fused
 from golf_ray.model.attention import attend
@@ -175,11 +181,12 @@ class GolfModel(nn.Module):
         """Cross entropy in nats of each target, float32 [T]."""
         hooks, cap = hooks or NO_HOOKS, self.config.logit_softcap
         fused = self.compute.kernels == "triton"
-        if fused and not hooks.adapts("head", self._head_slot):
+        if not hooks.adapts("head", self._head_slot):
             x_TE = self._head_input(x_TD, hooks)
             name = self._head_name
             hooks.matrix_input(name, x_TE)
-            return head_losses_fused(x_TE, self.weight(name), targets_T, cap)
+            of_head = head_losses_fused if fused else head_losses
+            return of_head(x_TE, self.weight(name), targets_T, cap)
         losses = cross_entropy_fused if fused else cross_entropy
         return losses(self._raw_logits(x_TD, hooks), targets_T, cap)
 
