@@ -219,7 +219,7 @@ def cases(config: Config, device: torch.device, compute: Compute) -> Iterator[Ca
 
 def _adapters(config: Config, device: torch.device, compute: Compute) -> Iterator[Case]:
     """Products of test-time training: documents with a full window each."""
-    D, R = config.model.model_dim, config.adaptation.rank
+    D, F, R = config.model.model_dim, config.model.mlp_dim, config.adaptation.rank
     L = min(config.adaptation.window, config.train.micro_batch_tokens)
     N = config.train.micro_batch_tokens // L
     shape = f"{N} documents x {L}, {D}x{D}, rank {R}"
@@ -249,13 +249,27 @@ def _adapters(config: Config, device: torch.device, compute: Compute) -> Iterato
         fused=rows,
         twin=lambda: [torch.bmm(x.view(N, L, D), a_NRD.mT)],
     )
-    yield Case(
-        operation="adapters, in a product",
-        shape=shape,
-        leaves=[],
-        fused=lambda: [grouped.linear(x, w, low, bank, back, stretches)],
-        twin=lambda: [torch.baddbmm((x @ w.t()).view(N, L, D), low.view(N, L, R), b_NDR.mT)],
+    products = (
+        ("adapters, in a product", x, w, False),
+        ("adapters, in a gradient", x, w, True),
+        ("adapters, in a deep product", normal(N * L, F), normal(D, F), False),
     )
+    for name, left, right, turned in products:
+        yield Case(
+            operation=name,
+            shape=f"{N} documents x {L}, {left.shape[1]}x{D}, rank {R}",
+            leaves=[],
+            fused=lambda left=left, right=right, turned=turned: [
+                grouped.linear(left, right, low, bank, back, stretches, turned=turned)
+            ],
+            twin=lambda left=left, right=right, turned=turned: [
+                torch.baddbmm(
+                    (left @ (right if turned else right.t())).view(N, L, D),
+                    low.view(N, L, R),
+                    a_NRD if turned else b_NDR.mT,
+                )
+            ],
+        )
     yield Case(
         operation="adapters, sums",
         shape=shape,
