@@ -49,9 +49,10 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx, dlosses):  # type: ignore[no-untyped-def]
         x, w, z, targets = ctx.saved_tensors
         capped = softcap(z, ctx.cap)
+        # In place: a batch's float32 logits are gigabytes.
         p = torch.softmax(capped, dim=1)
-        p = p.scatter_add(1, targets[:, None], p.new_full((len(p), 1), -1.0))
-        dz = (p * (1.0 - (capped / ctx.cap).square())).to(z.dtype)
+        p.scatter_add_(1, targets[:, None], p.new_full((len(p), 1), -1.0))
+        dz = p.mul_(1.0 - (capped / ctx.cap).square_()).to(z.dtype)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = (dlosses[:, None] * (dz @ w)).to(x.dtype)
