@@ -6,6 +6,7 @@ import dataclasses
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,7 +138,7 @@ def test_an_operation_that_computes_something_else_is_a_fault(
 ) -> None:
     config = TINY.with_overrides({"train.batch_tokens": 128, "train.micro_batches": 1})
     device, compute = torch.device("cpu"), Compute()
-    found = {"host": {"triton": "3.6.0"}, "kernels": []}
+    found: dict[str, Any] = {"kernels": []}
     assert report.kernel_fault(found) is None
     for case in cases(config, device, compute):
         right = difference_of(dataclasses.replace(case, fused=case.twin))

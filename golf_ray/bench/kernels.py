@@ -47,10 +47,10 @@ class KernelTiming:
     compiled_forward_ms: float | None
     compiled_both_ms: float | None
     difference: float | None
-    """Of results and gradients from the twin's: the largest norm of one over that of the twin's, at
-    most 1; 1 where a number is not finite."""
+    """From the twin: norm of what a result or a gradient differs by over the twin's norm, the
+    largest of them, at most 1; 1 where a number is not finite."""
     right: bool | None
-    """Whether that is what rounding explains."""
+    """Whether rounding explains that."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with ratios: how many times faster the fused operation is."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from golf_ray.kernels.wide import is_narrow
+
 
 def softcap(z: Tensor, cap: float) -> Tensor:
     """cap * tanh(z / cap) in float32 (float64 for float64)."""
@@ -30,9 +32,9 @@ def head_losses(x_TD: Tensor, w_VD: Tensor, targets_T: Tensor, cap: float) -> Te
     losses' own scales it. A mean's 1 / T is mostly no power of two, and (p - 1) / T of a small p is
     nearly the same number in every row: all would be rounded the same way, by up to 0.4%.
     """
-    if x_TD.dtype.itemsize >= 4:
-        return cross_entropy(F.linear(x_TD, w_VD), targets_T, cap)
-    return _HeadLosses.apply(x_TD, w_VD, targets_T, cap)  # type: ignore[no-untyped-call]
+    if is_narrow(x_TD.dtype):
+        return _HeadLosses.apply(x_TD, w_VD, targets_T, cap)  # type: ignore[no-untyped-call]
+    return cross_entropy(F.linear(x_TD, w_VD), targets_T, cap)
 
 
 class _HeadLosses(torch.autograd.Function):
