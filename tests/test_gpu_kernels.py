@@ -95,6 +95,16 @@ def test_attention_backends_agree(
         assert error <= TOLERANCE[dtype]
 
 
+def test_segments_of_many_lengths_are_not_planned_one_by_one() -> None:
+    lengths = [5, 1, 170, 700, 33]
+    q, k, v = (t.detach().to(CUDA, torch.bfloat16) for t in operands(lengths, 8, 4, 64))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attend(q, k, v, packed(lengths), "sdpa")
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention" in called
+    assert not [name for name in called if "cudnn" in name]
+
+
 def test_factors_of_one_table_have_their_gradients_when_compiled() -> None:
     # Large enough for Inductor to fuse sums over rows with those over channels.
     T, D, layers = 32_768, 512, 4

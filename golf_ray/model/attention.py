@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from golf_ray.errors import ConfigError
 from golf_ray.kernels import flash
@@ -34,6 +35,9 @@ BLOCK_ROWS = 64
 """Query rows of one call of `_blocked`."""
 VARLEN_CAPABILITY = (8, 0)
 """First NVIDIA generation that torch's variable-length attention runs on."""
+FOR_MANY_LENGTHS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""What segments of many lengths go to. cuDNN, which torch takes first on Hopper, makes a plan for
+each length, and that takes tens of milliseconds."""
 
 
 def resolve_backend(
@@ -129,7 +133,8 @@ def _attend_from_tail(
         rows = [t.unflatten(0, (len(lengths), lengths[0])) for t in (k_TGd, v_TGd)]
         return _sdpa_last(q_SHd.unflatten(0, (len(counts), counts[0])), *rows).flatten(0, 1)
     pieces = zip(q_SHd.split(counts), k_TGd.split(lengths), v_TGd.split(lengths), strict=True)
-    return torch.cat([_sdpa_last(q[None], k[None], v[None])[0] for q, k, v in pieces])
+    with sdpa_kernel(FOR_MANY_LENGTHS):
+        return torch.cat([_sdpa_last(q[None], k[None], v[None])[0] for q, k, v in pieces])
 
 
 def _sdpa_last(q_NCHd: Tensor, k_NSHd: Tensor, v_NSHd: Tensor) -> Tensor:
@@ -192,8 +197,8 @@ def _by_segments(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, lengths: list[int]
         rows = [t.unflatten(0, (len(lengths), lengths[0])) for t in (q_THd, k_THd, v_THd)]
         return _sdpa(*rows).flatten(0, 1)
     pieces = zip(*(t.split(lengths) for t in (q_THd, k_THd, v_THd)), strict=True)
-    outputs = [_sdpa(q[None], k[None], v[None])[0] for q, k, v in pieces]
-    return torch.cat(outputs)
+    with sdpa_kernel(FOR_MANY_LENGTHS):
+        return torch.cat([_sdpa(q[None], k[None], v[None])[0] for q, k, v in pieces])
 
 
 def _sdpa(q_NSHd: Tensor, k_NSHd: Tensor, v_NSHd: Tensor) -> Tensor:
