@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -129,12 +129,7 @@ def _attend_from_tail(
         k_TGd, v_TGd = (t.repeat_interleave(repeat, dim=1) for t in (k_TGd, v_TGd))
     lengths, counts = segments.lengths(), segment_lengths(tail.cu_seqlens)
     assert len(lengths) == len(counts), "every segment has a wanted row"
-    if len(set(lengths)) == len(set(counts)) == 1:
-        rows = [t.unflatten(0, (len(lengths), lengths[0])) for t in (k_TGd, v_TGd)]
-        return _sdpa_last(q_SHd.unflatten(0, (len(counts), counts[0])), *rows).flatten(0, 1)
-    pieces = zip(q_SHd.split(counts), k_TGd.split(lengths), v_TGd.split(lengths), strict=True)
-    with sdpa_kernel(FOR_MANY_LENGTHS):
-        return torch.cat([_sdpa_last(q[None], k[None], v[None])[0] for q, k, v in pieces])
+    return _each_segment(_sdpa_last, (q_SHd, counts), (k_TGd, lengths), (v_TGd, lengths))
 
 
 def _sdpa_last(q_NCHd: Tensor, k_NSHd: Tensor, v_NSHd: Tensor) -> Tensor:
@@ -193,12 +188,17 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
 def _by_segments(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, lengths: list[int]) -> Tensor:
     if not torch.is_grad_enabled() and q_THd.device.type == "cpu":
         return _blocked(q_THd, k_THd, v_THd, lengths)
-    if len(set(lengths)) == 1:
-        rows = [t.unflatten(0, (len(lengths), lengths[0])) for t in (q_THd, k_THd, v_THd)]
-        return _sdpa(*rows).flatten(0, 1)
-    pieces = zip(*(t.split(lengths) for t in (q_THd, k_THd, v_THd)), strict=True)
+    return _each_segment(_sdpa, *((t, lengths) for t in (q_THd, k_THd, v_THd)))
+
+
+def _each_segment(attention: Callable[..., Tensor], *operands: tuple[Tensor, list[int]]) -> Tensor:
+    """Attention of operands, each cut by its lengths; in one batch where those are all the same."""
+    if all(len(set(lengths)) == 1 for _, lengths in operands):
+        batch = (t.unflatten(0, (len(lengths), lengths[0])) for t, lengths in operands)
+        return attention(*batch).flatten(0, 1)
+    segments = zip(*(t.split(lengths) for t, lengths in operands), strict=True)
     with sdpa_kernel(FOR_MANY_LENGTHS):
-        return torch.cat([_sdpa(q[None], k[None], v[None])[0] for q, k, v in pieces])
+        return torch.cat([attention(*(t[None] for t in segment))[0] for segment in segments])
 
 
 def _sdpa(q_NSHd: Tensor, k_NSHd: Tensor, v_NSHd: Tensor) -> Tensor:
