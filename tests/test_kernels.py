@@ -12,6 +12,7 @@ from reference import TINY, final_state
 from torch import Tensor
 
 from golf_ray.kernels import flash
+from golf_ray.kernels.heads import prepare, remove_own_value, rotary_tables
 from golf_ray.kernels.loss import head_losses
 from golf_ray.model.compute import Compute
 from golf_ray.model.model import GolfModel
@@ -68,6 +69,25 @@ def test_the_gradient_of_a_mean_is_not_off_in_one_direction(rows: int) -> None:
             # Some 0.002 an element, and 0.001-0.002 of it common to all with (p - 1) / T rounded.
             assert (a - b).norm() <= 2.0**-8 * b.norm()
             assert abs(float((a * b).sum() / b.square().sum()) - 1) <= 5e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_heads_in_16_bits_are_rounded_once(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v, y = (torch.randn(300, heads, 64).to(dtype) for heads in (8, 4, 4, 8))
+    gain = 5 + torch.randn(8) * 0.3
+    rotary = rotary_tables(torch.arange(300), 16, 1e4)
+
+    def results(kind: torch.dtype) -> tuple[Tensor, ...]:
+        wide = gain.to(torch.promote_types(kind, torch.float32))
+        prepared = prepare(q.to(kind), k.to(kind), wide, *rotary)
+        return *prepared, remove_own_value(y.to(kind), v.to(kind))
+
+    for found, exact in zip(results(dtype), results(torch.float64), strict=True):
+        assert found.dtype == dtype
+        # Half a unit in the last place, and float32's own errors, which rounding can double.
+        half = exact.abs() * torch.finfo(dtype).eps / 2 + torch.finfo(dtype).smallest_normal
+        assert ((found - exact).abs() <= half + 64 * torch.finfo(torch.float32).eps).all()
 
 
 @needs_interpreter

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from golf_ray.config import ModelConfig
 from golf_ray.errors import ConfigError
+from golf_ray.model.checkpoint import build_model
+from golf_ray.model.compute import Compute
 from golf_ray.model.layout import layer_order, layer_plan, looped_layers, num_skips
 from golf_ray.model.model import GolfModel
 from golf_ray.model.parameters import (
@@ -22,7 +24,7 @@ from golf_ray.model.parameters import (
     unbank,
     unbanked_shapes,
 )
-from golf_ray.model.segments import Segments
+from golf_ray.model.segments import Segments, TailRows
 from golf_ray.presets import LAPTOP, RECORD, TINY
 
 SMALL = {
@@ -34,6 +36,13 @@ SMALL = {
     "mlp_mult": 2.0,
     "rope_dims": 2,
 }
+
+
+LAST_ROWS = TailRows(
+    places_S=torch.arange(40, 64),
+    cu_seqlens=torch.tensor([0, 24], dtype=torch.int32),
+    max_seqlen=24,
+)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> GolfModel:
@@ -48,6 +57,20 @@ def random_model(config: ModelConfig, seed: int = 0) -> GolfModel:
 
 def run(model: GolfModel, tokens: Tensor, segments: Segments, loop: bool) -> Tensor:
     return model.logits(model.hidden(tokens, segments, loop=loop))
+
+
+@pytest.mark.parametrize("tail", [None, LAST_ROWS], ids=["all rows", "their tail"])
+def test_gains_keep_their_digits_in_16_bits(tail: TailRows | None) -> None:
+    last = f"blocks.{TINY.model.num_layers - 1}.attn.q_gain"
+    tokens = torch.from_numpy(arrays("forward")["tokens"][:64])
+
+    def hidden(gain: float) -> Tensor:
+        state = final_state() | {last: torch.full((TINY.model.num_heads,), gain)}
+        model = build_model(TINY.model, state, compute=Compute(dtype=torch.bfloat16))
+        return model.hidden(tokens, Segments.rows(1, 64), loop=False, tail=tail)
+
+    # Both gains are the same number in bfloat16.
+    assert not torch.equal(hidden(5.24), hidden(5.26))
 
 
 @pytest.mark.parametrize("loop", [0, 1])

@@ -192,7 +192,7 @@ def cases(config: Config, device: torch.device, compute: Compute) -> Iterator[Ca
 
     def twin(qkv: Tensor, gain: Tensor) -> list[Tensor]:
         q, k, v = heads.split_heads(qkv, G, d)
-        q, k = heads.prepare(q, k, gain.to(qkv.dtype), cos, sin)
+        q, k = heads.prepare(q, k, gain, cos, sin)
         return [heads.remove_own_value(attend(q, k, v, segments, compute.attention), v)]
 
     yield Case(

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from golf_ray.kernels.wide import is_narrow
+from golf_ray.kernels.wide import is_narrow, widened
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
     """cap * tanh(z / cap) in float32 (float64 for float64)."""
-    return cap * torch.tanh(z.to(torch.promote_types(z.dtype, torch.float32)) / cap)
+    return cap * torch.tanh(widened(z) / cap)
 
 
 def cross_entropy(z_TV: Tensor, targets_T: Tensor, cap: float) -> Tensor:

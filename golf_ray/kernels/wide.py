@@ -1,4 +1,4 @@
-"""Products of 16-bit numbers whose sums are not rounded: for what is added to before it is.
+"""Arithmetic on 16-bit numbers that is rounded late.
 
 A sum of 16-bit products is made in float32 anyhow. Rounded to 16 bits before something small is
 added, most of what is small is lost.
@@ -16,6 +16,11 @@ from torch import Tensor
 def is_narrow(dtype: torch.dtype) -> bool:
     """Whether an arithmetic has fewer digits than the sums of its products."""
     return dtype.itemsize < torch.float32.itemsize
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or as it is where it has no fewer digits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear_in_float32(x_TI: Tensor, w_OI: Tensor) -> Tensor:

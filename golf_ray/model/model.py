@@ -34,6 +34,7 @@ from golf_ray.kernels.loss import (
 )
 from golf_ray.kernels.mlp import mlp, mlp_fused
 from golf_ray.kernels.residual import Mix, fan_out, mix, mix_fused
+from golf_ray.kernels.wide import widened
 from golf_ray.model.attention import attend
 from golf_ray.model.compute import Compute
 from golf_ray.model.hooks import Hooks
@@ -206,8 +207,7 @@ class GolfModel(nn.Module):
 
     def _small(self, name: str) -> Tensor:
         """A small tensor at full precision, which mixes are made with."""
-        tensor = self._tensors[name]
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return widened(self._tensors[name])
 
     def _matrices(self) -> Matrices:
         """All layers' matrices; kept from pass to pass while they are frozen and unchanged."""
@@ -287,7 +287,7 @@ class GolfModel(nn.Module):
             )
         else:
             q_THd, k_TGd, v_TGd = split_heads(qkv, config.num_kv_heads, config.head_dim)
-            q_THd, k_TGd = prepare(q_THd, k_TGd, self.weight(name + "q_gain"), *rotary)
+            q_THd, k_TGd = prepare(q_THd, k_TGd, self._small(name + "q_gain"), *rotary)
             y_THd = attend(q_THd, k_TGd, v_TGd, run.segments, self.compute.attention)
             if not own_value:
                 y_THd = remove_own_value(y_THd, v_TGd)
@@ -326,7 +326,7 @@ class GolfModel(nn.Module):
             t.unflatten(1, (-1, d))
             for t in hooks.linear(("k", "v"), slot, n_TD, w_WD[D:], (kv, kv)).split(kv, dim=1)
         )
-        gain = self.weight(f"blocks.{i}.attn.q_gain")
+        gain = self._small(f"blocks.{i}.attn.q_gain")
         cos, sin = rotary
         q, k = prepare(q, k, gain, cos, sin, (tail.of(cos), tail.of(sin)))
         y_SHd = attend(q, k, v, run.segments, self.compute.attention, tail)

@@ -22,7 +22,7 @@ STAGE_VERSIONS: dict[Stage, int] = {
     "train": 1,
     "calibrate": 1,
     "quantize": 1,
-    "evaluate": 2,
+    "evaluate": 3,
     "compress": 1,
 }
 
