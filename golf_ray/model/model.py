@@ -206,7 +206,7 @@ class GolfModel(nn.Module):
         return Pass(self.config, tokens_T, segments, self.weight, linear)
 
     def _small(self, name: str) -> Tensor:
-        """A small tensor at full precision, which mixes are made with."""
+        """A small tensor at full precision: what mixes are made with, and gains."""
         return widened(self._tensors[name])
 
     def _matrices(self) -> Matrices:
